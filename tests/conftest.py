@@ -1,0 +1,11 @@
+import os
+
+# One thread and no screen: the same numbers on every machine, and no waiting for a busy core.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--nb-flags', default='',
+                     help='test flags of settings.ini to run too, e.g. "slow cuda"')
