@@ -60,15 +60,18 @@ def finished_bar(state: dict, model_id: str) -> dict:
 def small_png(data: str) -> str:
     """The same picture in fewer bytes, without the version that Matplotlib writes into it.
 
-    A picture with few colours (a line plot) gets a palette; anything else keeps its exact pixels.
+    Where 128 colors are as good as all of them (a line plot), it gets a palette; a photograph keeps
+    its exact pixels.
     """
-    from PIL import Image
+    from PIL import Image, ImageChops, ImageStat
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     image.load()
     if 'A' in image.getbands() and image.getchannel('A').getextrema() == (255, 255):
         image = image.convert('RGB')
-    if image.mode == 'RGB' and image.getcolors(4096) is not None:
-        image = image.quantize(128, dither=Image.Dither.NONE)
+    if image.mode == 'RGB':
+        small = image.quantize(128, dither=Image.Dither.NONE)
+        change = ImageStat.Stat(ImageChops.difference(small.convert('RGB'), image)).rms
+        image = small if max(change) < 2 else image  # of 255
     out = io.BytesIO()
     image.save(out, 'png', optimize=True)
     return base64.b64encode(out.getvalue()).decode()
