@@ -105,7 +105,7 @@ def round_to_float(
     step = torch.ldexp(torch.ones_like(x), exponent - mantissa)
     return (torch.round(x/step)*step).clamp(-highest, highest)
 
-# %% ../nbs/00_formats.ipynb #954d5a95
+# %% ../nbs/00_formats.ipynb #2be6e8ee
 def scale_from_range(
     low: Tensor,  # smallest value to represent
     high: Tensor,  # largest value to represent, same shape
@@ -125,7 +125,7 @@ def scale_from_range(
 
 
 def _usable(scale: Tensor) -> Tensor:
-    "Where everything is zero any scale will do; a subnormal one would make the division overflow"
+    "Where everything is zero any scale will do; subnormal ones are zero on some hardware"
     return torch.where(scale > 0, scale.clamp(min=torch.finfo(scale.dtype).tiny), 1.)
 
 # %% ../nbs/00_formats.ipynb #d409ca22

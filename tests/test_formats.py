@@ -150,6 +150,42 @@ def test_accidents_are_refused_in_calibration_and_defined_in_encode(x, q, data):
     assert torch.equal(q.fake(bad)[good], q.fake(x)[good])
 
 
+@given(tensors(), quantizers(dynamic=True), st.data())
+def test_an_accident_does_not_spoil_a_dynamic_scale(x, q, data):
+    bad = x.clone()
+    where = tuple(data.draw(st.integers(0, n - 1)) for n in x.shape)
+    bad[where] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    without = x.clone()
+    without[where] = 0
+    for got, want in zip(q.find_scale(bad), q.find_scale(without)):
+        assert got is want or torch.equal(got, want)
+
+
+@pytest.mark.parametrize('dtype', CODED, ids=lambda d: d.value)
+def test_ties_go_to_the_even_code(dtype):
+    one = torch.ones(1, dtype=torch.float64)
+    ties = torch.tensor([-2.5, -1.5, -.5, .5, 1.5, 2.5], dtype=torch.float64)
+    if dtype.is_int:
+        assert encode(ties, one, dtype).tolist() == [-2, -2, 0, 0, 2, 2]
+    else:
+        step = 2.**-FLOATS[dtype][0]  # between 1 and 2
+        got = encode(1 + (ties + 3)*step, one, dtype).double()
+        assert torch.equal(got, 1 + torch.tensor([0, 2, 2, 4, 4, 6])*step)
+        nearly = encode(torch.tensor([1 + step/2 + 2**-40], dtype=torch.float64), one, dtype)
+        assert nearly.item() == 1 + step  # a cast by way of float32 would see a tie, and round down
+
+
+def test_extremes_stay_finite():
+    for dtype in CODED:
+        for symmetric in (True, False) if dtype.is_int else (True,):
+            q = Quantizer(dtype, symmetric=symmetric, dynamic=True)
+            for kind in (torch.float16, torch.bfloat16, torch.float32):
+                big = torch.tensor([-1, 1, .3])*torch.finfo(kind).max
+                assert q.fake(big.to(kind)).isfinite().all(), (q, kind)
+            tiny = torch.tensor([1e-45, -1e-42])  # a scale of 1e-47 would be zero
+            assert (q.fake(tiny).abs() <= 1e-38).all(), q
+
+
 @given(hnp.arrays(np.int8, hnp.array_shapes(max_dims=3, max_side=9), elements=st.integers(-8, 7)))
 def test_int4_packs_and_unpacks(codes):
     codes = torch.from_numpy(codes)
