@@ -42,4 +42,4 @@ lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 clean:  ## remove what the other commands made, the virtual environment included
-	rm -rf .venv _proc _docs build dist demo docs/_src docs/_site *.egg-info
+	rm -rf .venv _proc _docs build dist demo docs/_site *.egg-info

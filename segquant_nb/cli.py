@@ -31,24 +31,25 @@ def format_table(
             rows.append(dict(format=name, group=group or 'all', bits=bits, psnr=psnr, image=image))
     return rows
 
-# %% ../nbs/57_cli.ipynb #48368afc
+# %% ../nbs/57_cli.ipynb #8a46cac3
 def format_picture(
     rows: list[dict],  # from `format_table`
 ):  # a Matplotlib figure
     "The reference, large, and every row of the table as a small picture"
     from matplotlib.figure import Figure
     from segquant_nb.formats import color_card
-    fig = Figure(figsize=(9.6, 3.5))
-    grid = fig.add_gridspec(2, 7, wspace=.06, hspace=.2, left=.005, right=.995, top=.93, bottom=.01)
-    axes = [fig.add_subplot(grid[:, :2])]
-    axes += [fig.add_subplot(grid[i, j]) for i in (0, 1) for j in range(2, 7)]
+    fig = Figure(figsize=(9.6, 3.1))
+    axes = [fig.add_axes((0, .06, .29, .87))]
+    small = fig.add_gridspec(2, 5, wspace=.06, hspace=.17, left=.325, right=1, top=.93, bottom=.01)
+    axes += [fig.add_subplot(cell) for cell in small]
     card = color_card(rows[0]['image'].shape[-1])
-    for ax, row in zip(axes, [dict(format='float32', image=card), *rows]):
+    for ax, row in zip(axes, [dict(format='the picture', image=card), *rows]):
         ax.imshow(row['image'].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
-        note = f', {row["psnr"]:.0f} dB' if 'psnr' in row else ''
-        group = ', groups' if row.get('group') == 16 else ''
-        ax.set_title(f'{row["format"]}{group}{note}', fontsize=8, pad=3)
-        ax.axis('off')
+        note = f'  {row["psnr"]:.0f} dB' if 'psnr' in row else ''
+        ax.set_title(row['format'] + note, fontsize=9, pad=3)
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    for ax, name in ((axes[1], 'one scale for all'), (axes[6], 'one for every 16')):
+        ax.set_ylabel(name, fontsize=9, labelpad=3)
     return fig
 
 # %% ../nbs/57_cli.ipynb #aa5b0902

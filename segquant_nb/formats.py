@@ -16,12 +16,13 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_formats.ipynb #333c4220
+# %% ../nbs/00_formats.ipynb #c545c226
 def color_card(
     size: int = 128,  # height and width in pixels
 ) -> Tensor:  # (3, size, size), values in [0, 1]
     "A picture with what quantization ruins first: slow gradients, shading, thin faint stripes"
-    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size, dtype=torch.float64)]*2, indexing='ij')
+    fine = (torch.arange(2*size, dtype=torch.float64) + .5)/size - 1  # averaged in the end
+    y, x = torch.meshgrid(fine, fine, indexing='ij')
     sky = torch.stack([.16 + .30*(y + 1)/2, .22 + .42*(y + 1)/2, .42 + .46*(y + 1)/2])
     floor = torch.stack([.62 + .05*torch.sin(40*x/(y + .35)), .55 + .05*torch.sin(40*x/(y + .35)),
                          .47 + 0*x])
@@ -34,10 +35,11 @@ def color_card(
     ball = orange*(.10 + light) + .7*shine
     card = torch.where(u*u + v*v < 1, ball, card).clamp(0, 1)
     bars = ((x - .58).abs() < .3) & ((y + .62).abs() < .22)
-    stripes = .035*torch.sin(size*.55*math.pi*x).sign()
-    return torch.where(bars, card + stripes, card).clamp(0, 1).float()
+    stripes = .035*torch.sin(size*.25*math.pi*x).sign()
+    card = torch.where(bars, card + stripes, card).clamp(0, 1).float()
+    return torch.nn.functional.avg_pool2d(card, 2)
 
-# %% ../nbs/00_formats.ipynb #9f46836f
+# %% ../nbs/00_formats.ipynb #7b6b402f
 class DType(Enum):
     "A number format; `DType('int8')` and `DType.INT8` are the same"
     INT3 = 'int3'
@@ -65,10 +67,14 @@ class DType(Enum):
     def __repr__(self): return f'DType.{self.name}'
 
     @property
-    def is_int(self) -> bool: return self.value.startswith('int')
+    def is_int(self) -> bool:
+        "Evenly spaced codes?"
+        return self.value.startswith('int')
 
     @property
-    def is_passthrough(self) -> bool: return self in (DType.FP16, DType.BF16)
+    def is_passthrough(self) -> bool:
+        "A 16-bit float, for what stays as it is?"
+        return self in (DType.FP16, DType.BF16)
 
     @property
     def bits(self) -> int:
@@ -277,25 +283,19 @@ class Encoded(NamedTuple):
     scale: Tensor  # broadcasts against the codes; (..., groups) if the quantizer has groups
     zero: Tensor | None = None  # zero point, if asymmetric
 
-# %% ../nbs/00_formats.ipynb #f8d21810
+# %% ../nbs/00_formats.ipynb #840211c9
 @dataclass(frozen=True, repr=False)
 class Quantizer:
-    """A recipe that turns a tensor into codes and scales, and back
-
-    Fields: `dtype`, the format; `axis` and `group`, who shares a scale (as in `per_granule`);
-    `symmetric`; `dynamic`, scales from the tensor at hand instead of from `fit`; `clip`, how the
-    range is chosen, one of "amax", "percentile" and "mse"; `percentile`, for the second; `scale`
-    and `zero`, which `fit` sets. Two quantizers are equal when their recipes are.
-    """
-    dtype: DType | str = DType.INT8
-    axis: int | tuple[int, ...] | None = None
-    group: int | None = None
-    symmetric: bool = True
-    dynamic: bool = False
-    clip: str = 'amax'
-    percentile: float = 99.9
-    scale: Tensor | None = field(default=None, compare=False)
-    zero: Tensor | None = field(default=None, compare=False)
+    "A recipe that turns a tensor into codes and scales, and back; equal when the recipes are"
+    dtype: DType | str = DType.INT8  # format of the codes
+    axis: int | tuple[int, ...] | None = None  # dimensions that share a scale (see per_granule)
+    group: int | None = None  # columns that share a scale
+    symmetric: bool = True  # no zero point
+    dynamic: bool = False  # scales from the tensor at hand instead of from fit
+    clip: str = 'amax'  # how the range is chosen: amax, percentile or mse
+    percentile: float = 99.9  # of the values inside the range, for clip='percentile'
+    scale: Tensor | None = field(default=None, compare=False)  # set by fit
+    zero: Tensor | None = field(default=None, compare=False)  # set by fit, if asymmetric
 
     def __post_init__(self):
         object.__setattr__(self, 'dtype', DType(self.dtype))  # a name becomes a format

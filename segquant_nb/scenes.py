@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_scenes.ipynb #194d1b34
+# %% ../nbs/01_scenes.ipynb #5d42d800
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'ring')
 COLORS = {'red': (.86, .13, .14), 'orange': (.96, .52, .06), 'yellow': (.97, .89, .16),
           'green': (.16, .66, .23), 'cyan': (.18, .80, .84), 'blue': (.15, .29, .90),
-          'purple': (.52, .18, .72), 'pink': (.98, .55, .76)}
+          'purple': (.52, .18, .72), 'pink': (.98, .55, .76)}  # easy to tell apart
 TEXTURES = ('plain', 'striped', 'dotted', 'checkered', 'grainy')
 SIZES = {'small': 9., 'large': 13.5}  # radius in pixels
-RELATIONS = {'left of': (-1, 0), 'right of': (1, 0), 'above': (0, -1), 'below': (0, 1)}
+RELATIONS = {'left of': (-1, 0), 'right of': (1, 0),
+             'above': (0, -1), 'below': (0, 1)}  # of the first thing, seen from the second
 TONES = {'dark': (.13, .13, .15), 'light': (.86, .86, .84),
-         'brown': (.42, .33, .25), 'gray': (.49, .51, .54)}
+         'brown': (.42, .33, .25), 'gray': (.49, .51, .54)}  # of the background
 BACKGROUNDS = ('plain', 'gradient', 'grainy')
 SIDE = 64  # height and width of a picture in pixels
 
@@ -99,10 +100,11 @@ def _place(
     across = [middle + rng.uniform(-6, 6) for _ in radii]
     return list(zip(along, across)) if dx else list(zip(across, along))
 
-# %% ../nbs/01_scenes.ipynb #c4321e68
+# %% ../nbs/01_scenes.ipynb #1911c08d
 SYNONYMS = {'small': ('small', 'little'), 'large': ('large', 'big'),
             'left of': ('left of', 'to the left of'), 'right of': ('right of', 'to the right of'),
-            'above': ('above', 'over'), 'below': ('below', 'under'), 'grainy': ('grainy', 'rough')}
+            'above': ('above', 'over'), 'below': ('below', 'under'),
+            'grainy': ('grainy', 'rough')}  # word → ways to say it
 
 
 def caption(
