@@ -63,13 +63,14 @@ def is_held_out(
         return (3*c + 4*x + s) % 10 == 0
     return any(rare(t) for t in scene.things)
 
-# %% ../nbs/01_scenes.ipynb #5736d37f
+# %% ../nbs/01_scenes.ipynb #e32bb7b2
 def sample_scene(
     seed: int,  # decides everything
     held_out: bool = False,  # draw one that training never shows
     things: int | None = None,  # 1 or 2; None: one in four scenes has one
 ) -> Scene:
     "The scene that belongs to a seed"
+    if things not in (None, 1, 2): raise ValueError(f'things={things!r}: a scene has 1 or 2.')
     rng = random.Random(f'{seed} {held_out} {things}')
     while True:
         count = things or rng.choice((1, 2, 2, 2))
