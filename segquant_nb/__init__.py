@@ -9,17 +9,19 @@ from importlib import import_module as _import_module
 
 
 def _home_modules() -> dict[str, str]:
-    "Public name → module that defines it, from the index that nbdev keeps"
+    "Public name → module that defines it, or is it, from the index that nbdev keeps"
     from ._modidx import d
-    return {symbol.rsplit('.', 1)[1]: module for module, symbols in d['syms'].items()
-            for symbol in symbols if symbol.rsplit('.', 1)[0] == module}
+    return {full.rsplit('.', 1)[1]: module for module, symbols in d['syms'].items()
+            for full in (module, *symbols) if full == module or full.rsplit('.', 1)[0] == module}
 
 
 def __getattr__(name):
     module = None if name.startswith('_') else _home_modules().get(name)
     if module is None:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = globals()[name] = getattr(_import_module(module), name)
+    value = _import_module(module)
+    if module != f'{__name__}.{name}': value = getattr(value, name)
+    globals()[name] = value
     return value
 
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['format_table', 'format_picture', 'demo', 'main']
 
-# %% ../nbs/57_cli.ipynb #46323886
+# %% ../nbs/57_cli.ipynb #e19b0e23
 import argparse
 import csv
 import math
+import sys
 from pathlib import Path
 
 # %% ../nbs/57_cli.ipynb #9d8a2240
@@ -52,7 +53,7 @@ def format_picture(
         ax.set_ylabel(name, fontsize=9, labelpad=3)
     return fig
 
-# %% ../nbs/57_cli.ipynb #aa5b0902
+# %% ../nbs/57_cli.ipynb #d6ad50b5
 def demo(
     out: str | Path = 'demo',  # folder for what it makes
 ) -> Path:  # that folder
@@ -72,6 +73,7 @@ def demo(
     print(f'{"format":10}{"one scale for":>15}{"bits per value":>16}{"PSNR":>10}')
     for r in rows:
         print(f'{r["format"]:10}{r["group"]:>15}{r["bits"]:16.2f}{r["psnr"]:7.1f} dB')
+    print('A scale counts as 16 bits, a zero point as one code.')
     print(f'\npicture  {out/"formats.png"}\nnumbers  {out/"formats.csv"}')
     return out
 
@@ -95,6 +97,6 @@ def main(
     try:
         demo(args.out)
     except OSError as error:
-        print(f'segquant: {error}')
+        print(f'segquant: {error}', file=sys.stderr)
         return 1
     return 0

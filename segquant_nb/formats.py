@@ -6,9 +6,9 @@
 __all__ = ['color_card', 'DType', 'round_to_float', 'scale_from_range', 'spread', 'encode', 'decode', 'per_granule',
            'check_finite', 'value_range', 'search_range', 'Encoded', 'Quantizer', 'pack_int4', 'unpack_int4']
 
-# %% ../nbs/00_formats.ipynb #304ed076
+# %% ../nbs/00_formats.ipynb #a06e2dd9
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from typing import Callable, NamedTuple
@@ -111,38 +111,50 @@ def round_to_float(
     step = torch.ldexp(torch.ones_like(x), exponent - mantissa)
     return (torch.round(x/step)*step).clamp(-highest, highest)
 
-# %% ../nbs/00_formats.ipynb #2be6e8ee
+# %% ../nbs/00_formats.ipynb #58f3cc67
 def scale_from_range(
     low: Tensor,  # smallest value to represent
     high: Tensor,  # largest value to represent, same shape
     dtype: DType | str,  # format of the codes
     symmetric: bool = True,  # False: use the whole code range, with a zero point
-) -> tuple[Tensor, Tensor | None]:  # scale, and zero point (int32) if asymmetric
+) -> tuple[Tensor, Tensor | None]:  # scale (float32 or more), zero point (int32) if asymmetric
     "Scale, and zero point, that fit [low, high] into the codes of `dtype`"
-    dtype = DType(dtype)
+    dtype, low, high = DType(dtype), _precise(low), _precise(high)
     if symmetric:
-        scale = torch.maximum(low.abs(), high.abs())/dtype.highest
-        return _usable(scale), None
+        amax = torch.maximum(low.abs(), high.abs())
+        # By a tensor: by a number CUDA multiplies with its reciprocal, and a CPU does not
+        return _usable(amax/torch.full_like(amax, dtype.highest)), None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    steps = dtype.highest - dtype.lowest
+    steps = torch.full_like(high, dtype.highest - dtype.lowest)
     scale = _usable(high/steps - low/steps)  # not (high - low)/steps: the difference may overflow
     zero = (dtype.lowest - torch.round(low/scale)).clamp(dtype.lowest, dtype.highest)
     return scale, zero.to(torch.int32)
+
+
+def _precise(x: Tensor) -> Tensor:
+    "What is computed with: float32, or float64 where it is that already"
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _usable(scale: Tensor) -> Tensor:
     "Where everything is zero any scale will do; subnormal ones are zero on some hardware"
     return torch.where(scale > 0, scale.clamp(min=torch.finfo(scale.dtype).tiny), 1.)
 
-# %% ../nbs/00_formats.ipynb #d409ca22
+# %% ../nbs/00_formats.ipynb #7ba5300f
 def spread(
     per_group: Tensor | None,  # (..., groups) scales or zero points
     group: int | None,  # columns that share one; None: nothing to do
     like: Tensor,  # (..., K) what it will be used on; its last group may be shorter
 ) -> Tensor | None:  # (..., K), or the input as it was
     "One entry per column from one entry per group"
+    _check_group(group)
     if group is None or per_group is None or per_group.ndim == 0: return per_group
     return per_group.repeat_interleave(group, -1)[..., :like.shape[-1]]
+
+
+def _check_group(group: int | None):
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 1):
+        raise ValueError(f'group={group!r}: expected a number of columns, 1 or more, or None.')
 
 
 def encode(
@@ -153,17 +165,16 @@ def encode(
     group: int | None = None,  # columns that share a scale
 ) -> Tensor:  # codes, shaped like `x`, in the format's storage type
     "The codes of `x`: divided by the scale, rounded half to even, clamped to the format's range"
-    dtype = DType(dtype)
+    dtype, x = DType(dtype), x.detach()
     if dtype.is_passthrough: return x.to(dtype.storage)
-    x = x if x.dtype == torch.float64 else x.float()
-    codes = x/spread(scale, group, x)
+    codes = _precise(x)/spread(scale.detach(), group, x)  # from here on in place: it is ours
     if dtype.is_int:
         # Far outside the code range, but finite: a zero point can be added to it
-        codes = torch.round(codes).nan_to_num(0., 1e9, -1e9)
-        if zero is not None: codes = codes + spread(zero, group, x)
-    elif x.dtype == torch.float64:  # PyTorch casts double to float8 via float: rounds twice
+        codes = codes.round_().nan_to_num_(0., 1e9, -1e9)
+        if zero is not None: codes += spread(zero, group, x)
+    elif codes.dtype == torch.float64:  # PyTorch casts double to float8 via float: rounds twice
         codes = round_to_float(codes, *_FLOAT8[dtype], dtype.highest)
-    return codes.clamp(dtype.lowest, dtype.highest).to(dtype.storage)
+    return codes.clamp_(dtype.lowest, dtype.highest).to(dtype.storage)
 
 
 _FLOAT8 = {DType.FP8E4M3: (3, -6), DType.FP8E5M2: (2, -14)}  # mantissa bits, lowest exponent
@@ -174,13 +185,14 @@ def decode(
     scale: Tensor,  # as given to `encode`
     zero: Tensor | None = None,  # as given to `encode`
     group: int | None = None,  # as given to `encode`
-) -> Tensor:  # the values the codes stand for, in the scale's type
+) -> Tensor:  # the values the codes stand for, in the scale's type, float32 at least
     "`(codes - zero)·scale`"
+    scale = _precise(scale)
     codes = codes.to(scale.dtype)
     if zero is not None: codes = codes - spread(zero, group, codes)
     return codes*spread(scale, group, codes)
 
-# %% ../nbs/00_formats.ipynb #9a521bf3
+# %% ../nbs/00_formats.ipynb #351218c3
 def per_granule(
     statistic: Callable[[Tensor], Tensor],  # reduces the last dimension
     x: Tensor,  # any tensor
@@ -188,8 +200,7 @@ def per_granule(
     group: int | None = None,  # columns that share a scale; the last group may be shorter
 ) -> Tensor:  # broadcasts against `x`; (..., groups) with `group`
     "Apply `statistic` to the values that share a scale"
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
-    reduced = {a % x.ndim for a in axes}
+    reduced = _dimensions(x, axis, group)
     results = []
     for piece in _group_pieces(x, group):
         # A group is one dimension more, and it is the last one that is reduced
@@ -202,6 +213,17 @@ def per_granule(
     return whole.flatten() if axis is None else whole
 
 
+def _dimensions(x: Tensor, axis: int | tuple[int, ...] | None, group: int | None) -> set[int]:
+    "What `axis` names, counted from the front"
+    _check_group(group)
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    if not all(-x.ndim <= a < x.ndim for a in axes) or not (axes or axis is None):
+        raise ValueError(f'axis={axis!r} names no dimension of a tensor of shape {tuple(x.shape)}.')
+    if group and not x.ndim:
+        raise ValueError(f'group={group}: a tensor of shape () has no columns to group.')
+    return {a % x.ndim for a in axes}
+
+
 def _group_pieces(x: Tensor, group: int | None) -> list[Tensor]:
     "`x` as (..., groups, group), and what is left over as one shorter group"
     if group is None: return [x if x.ndim else x[None]]
@@ -209,12 +231,14 @@ def _group_pieces(x: Tensor, group: int | None) -> list[Tensor]:
     pieces = [x[..., :full].unflatten(-1, (-1, group))] if full else []
     return pieces + ([x[..., full:].unsqueeze(-2)] if full < x.shape[-1] or not pieces else [])
 
-# %% ../nbs/00_formats.ipynb #34517126
+# %% ../nbs/00_formats.ipynb #7ced029b
 def check_finite(
     x: Tensor,  # calibration data
     name: str = 'the tensor',  # what to call it in the message
 ) -> Tensor:  # `x` itself
     "Refuse NaN and Inf, saying how many there are and where the first one is"
+    if x.is_meta:
+        raise ValueError(f'{name} of shape {tuple(x.shape)} is on the meta device, without values.')
     bad = ~x.isfinite()
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
@@ -224,7 +248,7 @@ def check_finite(
             'find the batch that made them, or drop it.')
     return x
 
-# %% ../nbs/00_formats.ipynb #674cc4bf
+# %% ../nbs/00_formats.ipynb #6cd432ec
 def _rank(values: Tensor, percent: float) -> Tensor:
     "The smallest value that at least `percent` % of the last dimension do not exceed"
     n = values.shape[-1]
@@ -241,37 +265,44 @@ def value_range(
 ) -> tuple[Tensor, Tensor]:  # lowest and highest value
     "The range of the values that share a scale, or of all but a few of them"
     def of(statistic): return per_granule(statistic, x, axis, group)
-    if percentile == 100: return of(lambda v: v.amin(-1)), of(lambda v: v.amax(-1))
+    full = of(lambda v: v.amin(-1)), of(lambda v: v.amax(-1))
+    if percentile == 100: return full
     if symmetric:
         high = of(lambda v: _rank(v.abs(), percentile))
-        return -high, high
-    rest = (100 - percentile)/2
-    return of(lambda v: _rank(v, rest)), of(lambda v: _rank(v, 100 - rest))
+        low = -high
+    else:
+        most = (100 + percentile)/2
+        low, high = -of(lambda v: _rank(-v, most)), of(lambda v: _rank(v, most))
+    empty = (low == 0) & (high == 0)
+    return torch.where(empty, full[0], low), torch.where(empty, full[1], high)
 
-# %% ../nbs/00_formats.ipynb #66d3e18c
+# %% ../nbs/00_formats.ipynb #f1237b72
 def search_range(
     x: Tensor,  # values to represent
     dtype: DType | str,  # format of the codes
     axis: int | tuple[int, ...] | None = None,  # see `per_granule`
     group: int | None = None,  # see `per_granule`
     symmetric: bool = True,  # see `scale_from_range`
-    ratios: Tensor | None = None,  # parts of the full range to try; default 1, .99, … .05
+    ratios: list[float] | None = None,  # parts of the full range to try; default 1, .99, … .05
 ) -> tuple[Tensor, Tensor]:  # lowest and highest value
     "The part of the full range with the smallest squared error, per scale, by trying them all"
-    ratios = torch.linspace(1, .05, 96).tolist() if ratios is None else ratios
+    ratios = [1 - i/100 for i in range(96)] if ratios is None else ratios
+    if not len(ratios): raise ValueError('ratios is empty: nothing to try.')
 
     def best_ratio(values):
         low, high = values.amin(-1), values.amax(-1)
+        amax = _usable(torch.maximum(low.abs(), high.abs()))[..., None]
         best = least = torch.full_like(low, torch.inf)
         for ratio in ratios:
             scale, zero = scale_from_range(low*ratio, high*ratio, dtype, symmetric)
             scale, zero = scale[..., None], None if zero is None else zero[..., None]
             rounded = decode(encode(values, scale, dtype, zero), scale, zero)
-            error = (rounded - values).square().sum(-1)
+            # Relative to the largest value: a square overflows, or vanishes, easily
+            error = rounded.sub_(values).div_(amax).square_().sum(-1)
             best, least = torch.where(error < least, ratio, best), torch.minimum(error, least)
         return torch.where(least.isfinite(), best, 1.)
 
-    x = x if x.dtype == torch.float64 else x.float()
+    x = _precise(x)
     ratio = per_granule(best_ratio, x, axis, group)
     low, high = value_range(x, axis, group)
     return low*ratio, high*ratio
@@ -283,10 +314,10 @@ class Encoded(NamedTuple):
     scale: Tensor  # broadcasts against the codes; (..., groups) if the quantizer has groups
     zero: Tensor | None = None  # zero point, if asymmetric
 
-# %% ../nbs/00_formats.ipynb #840211c9
-@dataclass(frozen=True, repr=False)
+# %% ../nbs/00_formats.ipynb #2c02d3aa
+@dataclass(frozen=True, repr=False, eq=False)
 class Quantizer:
-    "A recipe that turns a tensor into codes and scales, and back; equal when the recipes are"
+    "A recipe that turns a tensor into codes and scales, and back"
     dtype: DType | str = DType.INT8  # format of the codes
     axis: int | tuple[int, ...] | None = None  # dimensions that share a scale (see per_granule)
     group: int | None = None  # columns that share a scale
@@ -294,11 +325,12 @@ class Quantizer:
     dynamic: bool = False  # scales from the tensor at hand instead of from fit
     clip: str = 'amax'  # how the range is chosen: amax, percentile or mse
     percentile: float = 99.9  # of the values inside the range, for clip='percentile'
-    scale: Tensor | None = field(default=None, compare=False)  # set by fit
-    zero: Tensor | None = field(default=None, compare=False)  # set by fit, if asymmetric
+    scale: Tensor | None = None  # set by fit
+    zero: Tensor | None = None  # set by fit, if asymmetric
 
     def __post_init__(self):
         object.__setattr__(self, 'dtype', DType(self.dtype))  # a name becomes a format
+        if isinstance(self.axis, list): object.__setattr__(self, 'axis', tuple(self.axis))
         _check_recipe(self)
 
     def find_scale(
@@ -306,9 +338,9 @@ class Quantizer:
         x: Tensor,  # values to represent
     ) -> tuple[Tensor, Tensor | None]:  # scale, and zero point if asymmetric
         "What the recipe gives for `x`; infinite values and NaN do not count"
-        x = (x if x.dtype == torch.float64 else x.float()).detach()
+        x = _precise(x.detach())
         if self.dtype.is_passthrough: return x.new_ones(()), None
-        x = torch.where(x.isfinite(), x, 0.)
+        x = x.nan_to_num(0., 0., 0.)
         if self.clip == 'mse':
             low, high = search_range(x, self.dtype, self.axis, self.group, self.symmetric)
         else:
@@ -327,6 +359,15 @@ class Quantizer:
         scale, zero = self.find_scale(x)
         return replace(self, scale=scale, zero=zero)
 
+    def to(
+        self,
+        device: torch.device | str,  # where the tensors will be
+    ) -> 'Quantizer':  # a copy that holds its scale there
+        "The same quantizer on another device"
+        if self.scale is None: return self
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, scale=self.scale.to(device), zero=zero)
+
     def encode(
         self,
         x: Tensor,  # (..., K) floating point
@@ -342,7 +383,7 @@ class Quantizer:
         codes: Tensor,  # from `encode`
         scale: Tensor,  # from `encode`
         zero: Tensor | None = None,  # from `encode`
-    ) -> Tensor:  # the values, in the scale's type
+    ) -> Tensor:  # the values, in the scale's type, float32 at least
         "The values that codes stand for: `q.decode(*q.encode(x))`"
         return decode(codes, scale, zero, self.group)
 
@@ -351,9 +392,11 @@ class Quantizer:
         x: Tensor,  # (..., K) floating point
     ) -> Tensor:  # a new tensor, same shape and dtype
         "What is left of `x` after rounding: encode, decode, in the type of `x`"
-        _floating(x)
-        most = torch.finfo(x.dtype).max  # a grid point may lie just beyond what float16 can hold
-        return self.decode(*self.encode(x)).clamp(-most, most).to(x.dtype)
+        values = self.decode(*self.encode(x))
+        if not self.dtype.is_passthrough:  # a grid point may lie just beyond what a type can hold
+            most = min(torch.finfo(x.dtype).max, torch.finfo(values.dtype).max)
+            values = values.clamp(-most, most)
+        return values.to(x.dtype)
 
     def paths(
         self,
@@ -362,7 +405,7 @@ class Quantizer:
         "Pairs whose products `codes·scale` add up to `fake(x)`; codes come less their zero point"
         codes, scale, zero = self.encode(x)
         if zero is not None: codes = codes.to(torch.int32) - spread(zero, self.group, x)
-        return [(codes, spread(scale, self.group, x))]
+        return [(codes, _precise(spread(scale, self.group, x)))]
 
     @property
     def ready(self) -> bool:
@@ -370,24 +413,25 @@ class Quantizer:
         return self.dynamic or self.dtype.is_passthrough or self.scale is not None
 
     def __repr__(self):
-        names = {None: 'tensor', 1: 'output channel', -1: 'token'}
-        shared = names.get(self.axis, f'axis {self.axis}')
+        shared = {None: 'tensor', -1: 'token'}.get(self.axis)
+        if self.group: shared = f'{self.group} columns'
+        axes = 'all axes' if self.axis is None else f'axis {self.axis}'
         clip = {'percentile': f'{self.percentile:g} %', 'mse': 'mse search'}.get(self.clip, '')
         state = 'dynamic' if self.dynamic else 'static' if self.ready else 'not fitted'
-        parts = [f'one scale per {f"{self.group} columns" if self.group else shared}',
+        parts = [f'one scale per {shared}' if shared else '',
+                 f'{axes} reduced' if self.group or not shared else '',
                  '' if self.symmetric else 'asymmetric', clip, state]
         parts = [] if self.dtype.is_passthrough else list(filter(None, parts))
         return f'Quantizer({", ".join([self.dtype.value, *parts])})'
 
-# %% ../nbs/00_formats.ipynb #cba14054
+# %% ../nbs/00_formats.ipynb #d11046e9
 def _check_recipe(q: Quantizer):
     ways = ('amax', 'percentile', 'mse')
     if q.clip not in ways:
         close = get_close_matches(str(q.clip), ways, n=1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
         raise ValueError(f'clip={q.clip!r} is not one of {", ".join(ways)}.{hint}')
-    if q.group is not None and (not isinstance(q.group, int) or q.group < 1):
-        raise ValueError(f'group={q.group!r}: expected a number of columns, 1 or more, or None.')
+    _check_group(q.group)
     if not 0 < q.percentile <= 100:
         raise ValueError(f'percentile={q.percentile!r}: expected a number above 0, up to 100.')
     if not q.symmetric and not q.dtype.is_int:
@@ -399,6 +443,8 @@ def _floating(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f'expected a floating-point tensor, got {kind}.')
+    if x.element_size() == 1:
+        raise TypeError(f'expected values, got {x.dtype}: these are codes, decode them first.')
     return x
 
 
@@ -406,22 +452,27 @@ def _static_scale(q: Quantizer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     "The scale that `fit` found, if it fits this tensor"
     if q.scale is None:
         raise ValueError(f'{q} has no scale yet: call fit(data), or use dynamic=True.')
-    scale = spread(q.scale, q.group, x)
-    fits = all(s in (1, n) for s, n in zip(scale.shape[::-1], x.shape[::-1]))
-    if not fits or scale.ndim > x.ndim:
+    if q.scale.device != x.device:
+        raise ValueError(f'{q} holds its scale on {q.scale.device}, the tensor is on {x.device}: '
+                         f"use q.to('{x.device}').")
+    have, want = q.scale.shape[::-1], x.shape[::-1]
+    if q.group and want: want = (math.ceil(want[0]/q.group), *want[1:])
+    fits = len(have) <= len(want) and all(s in (1, n) for s, n in zip(have, want))
+    if not fits or q.group and have and have[0] != want[0]:
         raise ValueError(
             f'{q} was fitted on another shape: its scales are {tuple(q.scale.shape)}, the '
             f'tensor is {tuple(x.shape)}. Use dynamic=True, or axis=None, where the shape changes.')
-    return q.scale, q.zero
+    return q.scale.detach(), q.zero
 
-# %% ../nbs/00_formats.ipynb #7b26b12d
+# %% ../nbs/00_formats.ipynb #32f54093
 def pack_int4(
     codes: Tensor,  # (..., K) int8, each in -8 … 7
+    check: bool = True,  # False: trust that they are, for torch.compile and the meta device
 ) -> Tensor:  # (..., ceil(K/2)) uint8
     "Two 4-bit codes per byte: even columns in the low half, odd ones in the high half"
     if codes.dtype != torch.int8:
         raise TypeError(f'expected int8 codes, got {codes.dtype}.')
-    if codes.numel() and (codes.min() < -8 or codes.max() > 7):
+    if check and codes.numel() and (codes.min() < -8 or codes.max() > 7):
         raise ValueError(f'codes from {codes.min()} to {codes.max()} do not fit into 4 bits, '
                          'that is, -8 to 7.')
     if codes.shape[-1] % 2: codes = torch.nn.functional.pad(codes, (0, 1))

@@ -1,6 +1,7 @@
 import os
 
-# One thread and no screen: the same numbers on every machine, and no waiting for a busy core.
+# Before torch is imported. One thread and no screen: the same numbers on every machine, and no waiting
+# for a busy core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')

@@ -1,5 +1,6 @@
 """The device headers, compiled for the host and compared with Python."""
 import ctypes
+import os
 import shutil
 import subprocess
 
@@ -20,8 +21,9 @@ extern "C" void unpack_words(const uint32_t* packed, uint32_t* codes, int words)
 '''
 
 
-@pytest.mark.skipif(COMPILER is None, reason='no C++ compiler on this machine (c++, g++ or clang++)')
+@pytest.mark.skipif(COMPILER is None and 'CI' not in os.environ, reason='no C++ compiler on this machine (c++, g++ or clang++)')
 def test_int4_header_unpacks_what_python_packs(tmp_path):
+    assert COMPILER, 'CI needs a C++ compiler'
     source, library = tmp_path/'unpack.cpp', tmp_path/'unpack.so'
     source.write_text(SOURCE)
     subprocess.run([COMPILER, '-std=c++17', '-O1', '-Wall', '-Werror', '-shared', '-fPIC', f'-I{cuda_src_dir()}',

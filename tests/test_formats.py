@@ -1,4 +1,6 @@
 """Laws that every quantizer keeps, on cases that hypothesis makes up."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from segquant_nb.formats import (DType, Quantizer, decode, encode, pack_int4, scale_from_range,
-                                 unpack_int4)
+from segquant_nb.formats import (DType, Quantizer, decode, encode, pack_int4, per_granule, scale_from_range,
+                                 search_range, spread, unpack_int4, value_range)
 
 settings.register_profile('repeatable', derandomize=True, deadline=None, max_examples=150)
 settings.load_profile('repeatable')
@@ -27,10 +29,11 @@ def tensors(draw, min_dims=1, max_dims=3, side=9, dtype=np.float32):
 
 
 @st.composite
-def quantizers(draw, dynamic=None, dtypes=CODED, clips=('amax', 'percentile', 'mse')):
+def quantizers(draw, dynamic=None, dtypes=CODED, clips=('amax', 'percentile', 'mse'), axes=(None, -1),
+               groups=(None, 1, 2, 5, 64)):
     dtype = draw(st.sampled_from(dtypes))
     return Quantizer(
-        dtype, axis=draw(st.sampled_from([None, -1])), group=draw(st.sampled_from([None, 1, 2, 5, 64])),
+        dtype, axis=draw(st.sampled_from(axes)), group=draw(st.sampled_from(groups)),
         symmetric=draw(st.booleans()) if dtype.is_int else True, clip=draw(st.sampled_from(clips)),
         dynamic=draw(st.booleans()) if dynamic is None else dynamic)
 
@@ -86,10 +89,8 @@ def test_paths_add_up_and_nothing_is_written_to(x, q):
     assert scale is None or torch.equal(q.scale, scale)
 
 
-@given(tensors(min_dims=2), quantizers(dynamic=True))
+@given(tensors(min_dims=2), quantizers(dynamic=True, axes=[-1], groups=[1, 2, 5, 64]))
 def test_groups_are_the_same_as_separate_tensors(x, q):
-    if q.axis is None or q.group is None:
-        return
     alone = Quantizer(q.dtype, -1, None, q.symmetric, True, q.clip)
     parts = torch.cat([alone.fake(part) for part in x.split(q.group, -1)], -1)
     assert torch.equal(q.fake(x), parts)
@@ -184,6 +185,10 @@ def test_extremes_stay_finite():
                 assert q.fake(big.to(kind)).isfinite().all(), (q, kind)
             tiny = torch.tensor([1e-45, -1e-42])  # a scale of 1e-47 would be zero
             assert (q.fake(tiny).abs() <= 1e-38).all(), q
+    smallest = torch.tensor(1e-42)
+    for low in (-smallest, 0*smallest):
+        scale, _ = scale_from_range(low, smallest, 'int8', symmetric=low == 0)
+        assert scale == torch.finfo(torch.float32).tiny
 
 
 @given(hnp.arrays(np.int8, hnp.array_shapes(max_dims=3, max_side=9), elements=st.integers(-8, 7)))
@@ -194,13 +199,200 @@ def test_int4_packs_and_unpacks(codes):
     assert torch.equal(unpack_int4(packed, codes.shape[-1]), codes)
 
 
+def compiled(f):
+    torch._dynamo.reset()  # each recipe is a compilation of its own, and there is a limit
+    return torch.compile(f, fullgraph=True, backend='eager')
+
+
 @pytest.mark.parametrize('dtype', DType, ids=lambda d: d.value)
 def test_compiles_without_graph_breaks(dtype):
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     for q in (Quantizer(dtype, -1, dynamic=True), Quantizer(dtype, -1, 8, dynamic=True), Quantizer(dtype).fit(x)):
-        torch._dynamo.reset()  # each recipe is a compilation of its own, and there is a limit
-        compiled = torch.compile(q.fake, fullgraph=True, backend='eager')
-        assert torch.equal(compiled(x), q.fake(x))
+        assert torch.equal(compiled(q.fake)(x), q.fake(x))
+
+
+@pytest.mark.parametrize('clip', ['amax', 'percentile', 'mse'])
+def test_every_way_to_find_a_range_compiles(clip):
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    q = Quantizer('int8', -1, 8, symmetric=False, dynamic=True, clip=clip)
+    assert torch.equal(compiled(q.fake)(x), q.fake(x))
+
+
+def test_a_module_that_holds_the_scale_in_buffers_compiles():
+    class Fake(torch.nn.Module):
+        def __init__(self, q):
+            super().__init__()
+            self.recipe = replace(q, scale=None, zero=None)
+            self.register_buffer('scale', q.scale)
+            self.register_buffer('zero', q.zero)
+
+        def forward(self, x):
+            return replace(self.recipe, scale=self.scale, zero=self.zero).fake(x)
+
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    q = Quantizer('int8', group=8, symmetric=False).fit(x)
+    assert torch.equal(Fake(q)(x), q.fake(x)) and torch.equal(compiled(Fake(q))(x), q.fake(x))
+
+
+@settings(max_examples=40)
+@given(quantizers(dynamic=True), st.sampled_from([(3, 20), (2, 3, 70), (0, 4)]))
+def test_shapes_are_known_on_the_meta_device(q, shape):
+    x = torch.zeros(shape)
+    for real, meta in zip(q.encode(x), q.encode(x.to('meta'))):
+        assert real is meta or (real.shape, real.dtype) == (meta.shape, meta.dtype)
+    with pytest.raises(ValueError, match='batch 3 .*meta device, without values'):
+        q.fit(x.to('meta'), 'batch 3')
+
+
+def test_a_meta_tensor_packs_unless_it_is_to_be_checked():
+    assert pack_int4(torch.zeros(2, 5, dtype=torch.int8, device='meta'), check=False).shape == (2, 3)
+
+
+def test_what_passes_through_is_cast_and_nothing_else():
+    x = torch.tensor([1e6, -1e6, 1/3, torch.nan, torch.inf])
+    for name, kind in (('fp16', torch.float16), ('bf16', torch.bfloat16)):
+        for given_as in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            y = x.to(given_as)
+            got = Quantizer(name).fake(y)
+            torch.testing.assert_close(got, y.to(kind).to(given_as), rtol=0, atol=0, equal_nan=True)
+            assert got.data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize('dtype', CODED, ids=lambda d: d.value)
+@pytest.mark.parametrize('axis, group', [(None, None), (1, None), (-1, 8)])
+def test_a_scale_of_another_precision(dtype, axis, group):
+    x = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q = Quantizer(dtype, axis, group).fit(x.float())
+    assert q.scale.dtype == torch.float32 and q.fake(x).dtype == torch.float64
+    wide = replace(q, scale=q.scale.double())
+    assert torch.equal(wide.encode(x.float()).codes.float(), q.encode(x.float()).codes.float())
+    assert wide.fake(x.float()).dtype == torch.float32
+    for half in (torch.float16, torch.bfloat16):
+        stored = replace(q, scale=q.scale.to(half))
+        assert torch.equal(stored.fake(x), replace(stored, scale=stored.scale.float()).fake(x))
+        (codes, scale), = stored.paths(x.float())
+        assert torch.equal(codes.to(scale.dtype)*scale, stored.fake(x.float()))
+        assert scale_from_range(*value_range(x.to(half)), dtype)[0].dtype == torch.float32
+
+
+def test_double_is_rounded_once_whatever_the_scale():
+    tie = torch.tensor([1.0625 + 2**-40], dtype=torch.float64)
+    assert encode(tie, torch.ones(1), 'e4m3').item() == 1.125
+    nearly = torch.tensor([1.0625])  # exactly a tie, until it is divided by slightly less than one
+    assert encode(nearly, torch.tensor([1 - 2**-40], dtype=torch.float64), 'e4m3').item() == 1.125
+
+
+def test_axes_of_a_convolution():
+    w = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    q = Quantizer('int8', axis=[1, 2, -1]).fit(w)
+    assert q.axis == (1, 2, -1) and torch.equal(q.scale, w.abs().amax((1, 2, 3), keepdim=True)/127)
+    assert torch.equal(q.fake(w).flatten(1), Quantizer('int8', axis=1).fit(w.flatten(1)).fake(w.flatten(1)))
+    grouped = Quantizer('int8', axis=(1, 2, 3), group=2).fit(w)
+    assert grouped.scale.shape == (4, 1, 1, 2)
+    assert torch.equal(grouped.scale[..., 1:], w[..., 2:].abs().amax((1, 2, 3), keepdim=True)/127)
+
+
+@pytest.mark.parametrize('axis', [2, -3, (0, 2), ()])
+def test_an_axis_that_is_not_there_is_refused(axis):
+    with pytest.raises(ValueError, match=r'axis=.* of shape \(2, 3\)'):
+        Quantizer(axis=axis).fit(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize('group', [0, -1, True, 2.])
+def test_a_group_that_is_no_number_of_columns_is_refused(group):
+    x, scale = torch.ones(2, 4), torch.ones(2, 2)
+    for use in (lambda: Quantizer(group=group), lambda: per_granule(lambda v: v.amax(-1), x, group=group),
+                lambda: spread(scale, group, x), lambda: encode(x, scale, 'int8', group=group),
+                lambda: decode(x, scale, group=group)):
+        with pytest.raises(ValueError, match='expected a number of columns'):
+            use()
+
+
+def test_a_number_has_no_axis_and_no_columns():
+    with pytest.raises(ValueError, match=r'axis=-1 .* shape \(\)'):
+        Quantizer(axis=-1).fit(torch.tensor(1.))
+    with pytest.raises(ValueError, match='no columns'):
+        Quantizer(group=4).fit(torch.tensor(1.))
+
+
+@pytest.mark.parametrize('group, fitted, used', [(64, 256, 128), (64, 64, 130), (1, 1, 3), (5, 5, 6)])
+@pytest.mark.parametrize('axis', [None, -1])
+def test_static_groups_fit_one_width(axis, group, fitted, used):
+    q = Quantizer('int8', axis, group).fit(torch.ones(2, fitted))
+    assert q.encode(torch.ones(2, fitted)).codes.shape == (2, fitted)
+    for shape in ((2, used), ()):
+        with pytest.raises(ValueError, match='another shape'):
+            q.encode(torch.ones(shape))
+
+
+def test_a_scale_on_another_device_is_refused_and_moves():
+    q = Quantizer('int8', symmetric=False).fit(torch.ones(3))
+    with pytest.raises(ValueError, match=r"scale on meta.*tensor is on cpu.*q\.to\('cpu'\)"):
+        q.to('meta').encode(torch.ones(3))
+    assert q.to('meta').zero.is_meta and q.to('meta').encode(torch.ones(3, device='meta')).codes.is_meta
+    assert Quantizer('int8').to('meta').scale is None and not q.scale.is_meta
+
+
+def test_codes_are_no_data():
+    with pytest.raises(TypeError, match='float8.*are codes'):
+        Quantizer().fit(torch.ones(3).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize('dtype', DType, ids=lambda d: d.value)
+def test_no_gradient_flows(dtype):
+    x = torch.randn(2, 8, requires_grad=True)
+    learned = torch.ones((), requires_grad=True)
+    for q in (Quantizer(dtype, dynamic=True), replace(Quantizer(dtype), scale=learned)):
+        assert not q.fake(x).requires_grad and not q.encode(x).codes.requires_grad
+        assert not any(t.requires_grad for path in q.paths(x) for t in path)
+    assert not encode(x, learned, dtype).requires_grad
+
+
+def test_two_quantizers_are_equal_only_if_they_are_one():
+    "A cache that took two of one recipe for the same would mix up their scales"
+    a, b = (Quantizer('int8').fit(torch.full((3,), size)) for size in (1., 2.))
+    assert a != b and len({a, b}) == 2
+
+
+def test_percentiles_count_values():
+    x = torch.arange(1., 11.)
+    for percent, high in ((99, 10), (90, 9), (85, 9), (81, 9), (80, 8), (1, 1)):
+        assert value_range(x, percentile=percent)[1] == high
+    for n, high in ((1000, 995), (1001, 996)):  # as many are cut off at either end
+        cut = value_range(torch.arange(1., n + 1), symmetric=False, percentile=99)
+        assert cut == (n + 1 - high, high)
+    for dtype in (torch.float32, torch.float64):
+        y = torch.randn(501, generator=torch.Generator().manual_seed(0)).to(dtype)
+        low, high = value_range(y, symmetric=False, percentile=97.3)
+        mirrored = value_range(-y, symmetric=False, percentile=97.3)
+        assert (-high, -low) == mirrored
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_a_percentile_of_mostly_zeros_is_no_range(symmetric):
+    x = torch.zeros(2, 10_000)
+    x[0, 5], x[1] = 3., torch.linspace(-1, 1, 10_000)
+    high = value_range(x, -1, symmetric=symmetric, percentile=99)[1]
+    assert high[0] == 3 and .97 < high[1] < .995
+    q = Quantizer('int8', -1, symmetric=symmetric, clip='percentile', percentile=99, dynamic=True)
+    assert (q.fake(x)[0, 5] - 3).abs() < .02
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('size', [1e-30, 1., 1e30])
+def test_the_search_finds_the_best_of_its_ratios(size, symmetric):
+    x = torch.randn(8, 500, generator=torch.Generator().manual_seed(0))**3*size
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+
+    def error(low, high):
+        scale, zero = scale_from_range(low, high, 'int4', symmetric)
+        return (decode(encode(x, scale, 'int4', zero), scale, zero).double() - x.double()).square().sum(1)
+
+    errors = torch.stack([error(low*(1 - i/100), high*(1 - i/100)) for i in range(96)])
+    found = error(*search_range(x, 'int4', 1, symmetric=symmetric))
+    assert (found <= errors.amin(0)*(1 + 1e-5)).all() and (found < .99*errors[0]).all()
+    with pytest.raises(ValueError, match='ratios is empty'):
+        search_range(x, 'int4', ratios=[])
 
 
 def test_the_search_holds_where_quantile_stops():

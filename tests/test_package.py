@@ -1,5 +1,7 @@
 """What users install: quick to import, complete in a wheel, found from a checkout."""
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,8 +48,17 @@ def test_public_names_are_found_where_they_are_first_used():
     import segquant_nb
     from segquant_nb.formats import Quantizer
     assert segquant_nb.Quantizer is Quantizer and 'pack_int4' in dir(segquant_nb)
+    assert python('import segquant_nb; print(segquant_nb.formats.Quantizer(), "formats" in dir(segquant_nb))'
+                  ).endswith('True')
     with pytest.raises(AttributeError, match='no attribute .quantise.'):
         segquant_nb.quantise
+
+
+def test_the_version_is_the_same_everywhere():
+    import segquant_nb
+    for file, line in (('settings.ini', 'version = '), ('CITATION.cff', 'version: ')):
+        found = re.findall(f'^{line}(.*)$', (ROOT/file).read_text(encoding='utf-8'), re.M)
+        assert found == [segquant_nb.__version__], file
 
 
 FIND = 'from segquant_nb.cuda import cuda_src_dir; print(cuda_src_dir())'
@@ -68,9 +79,11 @@ def test_kernels_are_found_from_an_editable_install(tmp_path):
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-    "An sdist, and the wheel that is built from it, not from the checkout"
-    out = tmp_path_factory.mktemp('dist')
-    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, ROOT],
+    "An sdist, and the wheel that is built from it; from a copy, as setuptools writes into its source folder"
+    out, copy = tmp_path_factory.mktemp('dist'), tmp_path_factory.mktemp('source')/'copy'
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
+        '.*', '_proc', 'docs', 'nbs', 'tests', 'tools', 'build', 'dist', 'demo', '__pycache__', '*.egg-info'))
+    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, copy],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return {p.suffix: p for p in out.iterdir()}
@@ -88,6 +101,8 @@ def test_sdist_and_wheel_hold_what_they_should(built):
     assert {f'segquant_nb/{k}' for k in kernels} | modules <= inside
     assert not [n for n in inside if n.startswith(('tests/', 'nbs/', 'tools/', 'docs/', 'cuda_src/'))]
     assert 'License-Expression: Apache-2.0' in metadata and 'Requires-Dist: torch>=2.11' in metadata
+    relative = re.findall(r'\]\((?![a-z]+:|#)[^)]*', metadata)
+    assert '/blob/v' in metadata and '/raw/v' in metadata and not relative, relative
     assert not [line for line in metadata.splitlines()
                 if line.startswith('Requires-Dist: fastcore') and 'extra ==' not in line]
 

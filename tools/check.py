@@ -6,6 +6,7 @@ import ast
 import filecmp
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from nbdev.doclinks import nbglob
 cfg = get_config()
 ROOT, PACKAGE, NBS = cfg.config_path, cfg.lib_path.name, cfg.nbs_path.name
 NOTEBOOK_BYTES, TREE_BYTES, CODE_WIDTH = 600_000, 45_000_000, 100
-MACHINE_PATH = re.compile(r'(?<![\w/.:])/(?:root|home|tmp|Users|work|workspace|private|mnt|var)/\w')
+MACHINE_PATH = re.compile(r'(?:(?<![\w/.:])|(?<=file://))/(?:root|home|tmp|Users|work|workspace|private|mnt|var)/\w')
 
 
 def generated(path: Path) -> bool:
@@ -64,6 +65,9 @@ def floors():
         for used in sorted(imported(tree, module) & number.keys() - {module}):
             if number[used] >= number[module]:
                 yield f'{home[module]} imports from {home[used]}: a floor may only stand on lower ones'
+        for name in from_root(tree, module):
+            if name not in number and not name.startswith('__'):
+                yield f'{home[module]} imports {name} from the package itself, where every floor is: name its module'
 
 
 def imported(tree: ast.AST, module: str) -> set[str]:
@@ -77,6 +81,27 @@ def imported(tree: ast.AST, module: str) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
     return {n.removeprefix(PACKAGE + '.') for n in names}
+
+
+def from_root(tree: ast.AST, module: str):
+    "What a parsed module imports from the package itself, which would hide the floor that it is from"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = node.module if not node.level else PACKAGE if node.level == module.count('.') + 1 else ''
+            if source == PACKAGE and not (node.level and node.module):
+                yield from (a.name for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.asname or a.name for a in node.names if a.name == PACKAGE)
+
+
+def names():
+    "Public names and modules are all attributes of the package: no two may have the same name"
+    homes = {}
+    for module, symbols in runpy.run_path(f'{PACKAGE}/_modidx.py')['d']['syms'].items():
+        for full in (module, *(s for s in symbols if s.rpartition('.')[0] == module)):
+            homes.setdefault(full.rpartition('.')[2], []).append(full)
+    yield from (f'{" and ".join(full)} have the same name in the package' for name, full in homes.items()
+                if len(full) > 1 and not name.startswith('_'))
 
 
 def notebooks():
@@ -128,13 +153,13 @@ def size():
         yield f'the tracked files take {total/1e6:.1f} MB, over {TREE_BYTES/1e6:.0f}'
 
 
-CHECKS = (modules, floors, notebooks, readme, size)
+CHECKS = (modules, floors, names, notebooks, readme, size)
 
 
 def main():
     os.chdir(ROOT)
     problems = [p for check in CHECKS for p in check()]
-    print('\n'.join(problems) or 'modules, floors, notebooks, README and size are as they should be')
+    print('\n'.join(problems) or 'modules, floors, names, notebooks, README and size are as they should be')
     sys.exit(bool(problems))
 
 

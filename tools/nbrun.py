@@ -3,6 +3,7 @@
     python tools/nbrun.py                     # all of them
     python tools/nbrun.py nbs/00_formats.ipynb
     python tools/nbrun.py --flags cuda ...    # run the cells marked `#| cuda` too
+    python tools/nbrun.py --check             # only say which stored outputs would change
 
 Cells that are skipped (`#| eval: false`, a flag that was not asked for) keep the output they have,
 so that a result made once on a GPU stays.
@@ -16,17 +17,20 @@ import re
 import time
 from pathlib import Path
 
-# A bar prints once, without times; hashing is fixed; plots need no screen.
+# A bar prints once, without times; hashing is fixed.
 os.environ.update({'TQDM_MININTERVAL': '3600', 'TQDM_NCOLS': '72', 'PYTHONHASHSEED': '0',
                    'TQDM_BAR_FORMAT': '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}',
                    'HF_HUB_OFFLINE': '1', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'})
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums in one order, as in the tests
 import nbformat
-from execnb.nbio import dict2nb, write_nb
+from execnb.nbio import dict2nb, nb2str
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
+
+from nbtext import write
 
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 SKIP = 'skip-execution'
@@ -37,7 +41,7 @@ def skipped(cell, flags: set) -> bool:
         return False
     directives = extract_directives(dict2nb({'cells': [dict(cell)]}).cells[0], remove=False)
     never = directives.get('eval:', [''])[0].lower() == 'false' or 'nbdev_export(' in cell.source
-    return never or bool(flags & directives.keys())
+    return never or bool(flags & directives.keys()) or SKIP in cell.metadata.get('tags', [])
 
 
 def after_returns(text: str) -> str:
@@ -95,26 +99,34 @@ def tidy(cell, state: dict):
     cell.outputs = [o for o in kept if o.output_type != 'stream' or o.text.strip()]
 
 
-def run(path: Path, flags: set, timeout: int) -> float:
-    start, cfg = time.time(), get_config()
-    nb = nbformat.read(path, 4)
+def run(path: Path, flags: set, timeout: int):
+    "The notebook with fresh outputs"
+    cfg, nb = get_config(), nbformat.read(path, 4)
+    own_tags = {cell.id: cell.metadata.get('tags') for cell in nb.cells if skipped(cell, flags)}
     for cell in nb.cells:
-        if skipped(cell, flags):
-            cell.metadata['tags'] = [SKIP]
+        if cell.id in own_tags:
+            cell.metadata['tags'] = [*(own_tags[cell.id] or []), SKIP]
     client = NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=True,
                             skip_cells_with_tag=SKIP, resources={'metadata': {'path': str(path.parent)}},
                             extra_arguments=['--IPKernelApp.log_level=40'])
     client.execute()
     nb.metadata.pop('widgets', None)
     for cell in nb.cells:
-        if cell.metadata.get('tags') == [SKIP]:
-            del cell.metadata['tags']
+        if cell.id in own_tags:
+            cell.metadata['tags'] = own_tags[cell.id]
+            if own_tags[cell.id] is None: del cell.metadata['tags']
         elif cell.cell_type == 'code':
             tidy(cell, client.widget_state)
     clean_nb(nb, allowed_metadata_keys=cfg.allowed_metadata_keys.split(),
              allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
-    write_nb(dict2nb(json.loads(nbformat.writes(nb))), path)
-    return time.time() - start
+    return dict2nb(json.loads(nbformat.writes(nb)))
+
+
+def changed(path: Path, nb) -> list[str]:
+    "The ids of the cells whose stored outputs are not those of this run"
+    stored = {c['id']: c.get('outputs') for c in json.loads(path.read_text(encoding='utf-8'))['cells']}
+    fresh = {c['id']: c.get('outputs') for c in json.loads(nb2str(nb))['cells']}
+    return [i for i in fresh if fresh[i] != stored[i]]
 
 
 def main():
@@ -122,10 +134,22 @@ def main():
     parser.add_argument('paths', nargs='*')
     parser.add_argument('--flags', default='', help='test flags of settings.ini to run too, e.g. "slow cuda"')
     parser.add_argument('--timeout', type=int, default=900, help='seconds a cell may take')
+    parser.add_argument('--check', action='store_true', help='write nothing; status 1 if an output would change')
     args = parser.parse_args()
-    flags = set(get_config().tst_flags.split()) - set(args.flags.split())
+    known, wanted = set(get_config().tst_flags.split()), set(args.flags.split())
+    if wanted - known:
+        parser.error(f'no such flag: {" ".join(sorted(wanted - known))} (settings.ini knows {" ".join(sorted(known))})')
+    stale = False
     for path in sorted(map(Path, args.paths or nbglob(as_path=True))):
-        print(f'{path}: {run(path, flags, args.timeout):.1f} s', flush=True)
+        start = time.time()
+        nb = run(path, known - wanted, args.timeout)
+        ids = changed(path, nb) if args.check else []
+        stale |= bool(ids)
+        if not args.check:
+            write(path, nb2str(nb))
+        note = f', the outputs of {" ".join(ids)} would change' if ids else ''
+        print(f'{path}: {time.time() - start:.1f} s{note}', flush=True)
+    raise SystemExit(stale)
 
 
 if __name__ == '__main__':

@@ -8,10 +8,12 @@ cells whose source did not change keep their id and their outputs; run `tools/nb
 """
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
+MARK = re.compile(r'^# %%(?: \[(markdown|raw)\])?[ ]*\n', re.M)
 KERNEL = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
 
 
@@ -20,6 +22,9 @@ def source(cell) -> str:
 
 
 def to_text(nb: dict) -> str:
+    for c in nb['cells']:
+        if MARK.search(source(c) + '\n'):
+            sys.exit(f'cell {c["id"]} has a line that would start a new cell in the text: change that line')
     marks = {'markdown': '# %% [markdown]', 'code': '# %%', 'raw': '# %% [raw]'}
     return '\n\n'.join(f"{marks[c['cell_type']]}\n{source(c)}" for c in nb['cells']) + '\n'
 
@@ -37,7 +42,7 @@ def from_text(text: str, old: dict | None = None) -> dict:
     known = {}
     for c in (old or {}).get('cells', []):
         known.setdefault((c['cell_type'], source(c)), []).append(c)
-    parts = re.split(r'^# %%(?: \[(markdown|raw)\])?[ ]*\n', text, flags=re.M)
+    parts = MARK.split(text)
     if parts[0].strip():
         sys.exit('the text has to start with a line "# %%" or "# %% [markdown]"')
     cells, taken = [], {c['id'] for c in (old or {}).get('cells', [])}
@@ -46,7 +51,17 @@ def from_text(text: str, old: dict | None = None) -> dict:
         same = known.get((kind, src))
         cells.append(same.pop(0) if same else new_cell(kind, src, taken))
         taken.add(cells[-1]['id'])
-    return {'cells': cells, 'metadata': KERNEL, 'nbformat': 4, 'nbformat_minor': 5}
+    return {'cells': cells, 'metadata': (old or {}).get('metadata', KERNEL), 'nbformat': 4, 'nbformat_minor': 5}
+
+
+def write(path: Path, content: str):
+    "All of it or nothing"
+    new = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        new.write_text(content, encoding='utf-8')
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def main():
@@ -57,7 +72,7 @@ def main():
     src, dst = map(Path, sys.argv[1:])
     old = json.loads(dst.read_text(encoding='utf-8')) if dst.exists() else None
     nb = from_text(src.read_text(encoding='utf-8'), old)
-    dst.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    write(dst, json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs
 cfg = get_config()
 ROOT, FIGURES = cfg.config_path, 'README_files'
 SITE = cfg.doc_host.rstrip('/') + '/' + cfg.doc_baseurl.strip('/')
-CALLOUT = re.compile(r'^:{3,}\s*\{\.callout-(\w+)[^}]*\}[ \t]*$(.*?)^:{3,}[ \t]*$', re.M | re.S)
+CALLOUT = re.compile(r'^:{3,}\s*\{\.callout-(\w+)([^}]*)\}[ \t]*$(.*?)^:{3,}[ \t]*$', re.M | re.S)
 NOTEBOOK_LINK = re.compile(r'\]\((?!https?:|#)([^)\s]+\.ipynb)')
 
 
@@ -31,19 +31,21 @@ def text(source) -> str:
 
 
 def markdown(source: str) -> str:
-    "Callouts as GitHub's alerts; links between notebooks from the root of the repository"
+    "Callouts as GitHub's alerts, which have no titles; links between notebooks from the root"
     def alert(m):
-        return f'> [!{m[1].upper()}]\n' + '\n'.join(f'> {line}'.rstrip() for line in m[2].strip().split('\n'))
+        title = re.search(r'title="([^"]*)"', m[2])
+        body = (f'**{title[1]}**\n\n' if title else '') + m[3].strip()
+        return f'> [!{m[1].upper()}]\n' + '\n'.join(f'> {line}'.rstrip() for line in body.split('\n'))
     return NOTEBOOK_LINK.sub(rf']({cfg.nbs_path.name}/\1', CALLOUT.sub(alert, source))
 
 
-def outputs(cell, figures: dict):
+def outputs(cell, figures: dict, alt: str):
     for n, out in enumerate(cell.get('outputs', [])):
         data = out.get('data', {})
         if 'image/png' in data:
             name = f'{FIGURES}/{cell.id}-{n}.png'
             figures[name] = base64.b64decode(text(data['image/png']))
-            yield f'![]({name})'
+            yield f'![{alt}]({name})'
         elif 'text/markdown' in data:
             yield text(data['text/markdown'])
         elif 'text/html' in data:
@@ -66,14 +68,14 @@ def build() -> tuple[str, dict]:
             parts.append(markdown(source))
         if cell.cell_type != 'code':
             continue
-        options = dict(re.findall(r'^#\|\s*([\w-]+):\s*(\S+)', source, re.M))
+        options = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*\S)', source, re.M))
         code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
         if options.get('include') == 'false':
             continue
         if code and options.get('echo') != 'false':
             parts.append(f'```python\n{code}\n```')
         if options.get('output') != 'false':
-            parts.extend(outputs(cell, figures))
+            parts.extend(outputs(cell, figures, options.get('fig-alt', 'figure').strip('"')))
     return '\n\n'.join(p for p in parts if p) + '\n', figures
 
 

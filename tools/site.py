@@ -307,13 +307,21 @@ def sphinx(src: Path, extra: Path, out: Path, work: Path):
 
 
 def replace_site(new: Path, out: Path):
-    "Only when it is complete, and never a folder that holds something else"
+    """By renaming, so that there is always the old site or the new one; `new` is on the same disk.
+
+    Never a folder that holds something else.
+    """
+    old = new.with_name('old')
     if out.exists():
         if any(out.iterdir()) and not (out/'objects.inv').exists():
             sys.exit(f'{out} holds something that is not a site: give another folder with --out.')
-        shutil.rmtree(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(new, out)
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
 
 
 def main():
@@ -328,7 +336,8 @@ def main():
         for cell in page.cells:
             if cell.exported:
                 symbols.add(page.module, cell.text)
-    with tempfile.TemporaryDirectory() as tmp:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.site-') as tmp:
         src, extra, new, work = (Path(tmp)/name for name in ('pages', 'extra', 'site', 'doctrees'))
         write_sources(pages, sections, symbols, src, extra)
         sphinx(src, extra, new, work)
