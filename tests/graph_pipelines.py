@@ -75,3 +75,19 @@ def sdxl_pipeline():
     return StableDiffusionXLPipeline(
         unet=unet, scheduler=EulerDiscreteScheduler(), vae=vae(4), text_encoder=clip(),
         tokenizer=clip_tokenizer(), text_encoder_2=clip(True), tokenizer_2=clip_tokenizer())
+
+
+def controlnet_pipeline():
+    from diffusers import StableDiffusionXLControlNetPipeline
+    pipe = sdxl_pipeline()
+    return StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=sdxl_controlnet())
+
+
+def image_pipeline(kind):
+    import diffusers
+    return getattr(diffusers, kind)(**sdxl_pipeline().components)
+
+
+def sdxl_controlnet():
+    from diffusers import ControlNetModel
+    return ControlNetModel.from_unet(sdxl_pipeline().unet, conditioning_channels=3).eval()

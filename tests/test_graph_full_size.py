@@ -25,9 +25,9 @@ MODELS = {
         addition_embed_type='text_time', addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816)),
 }
-# linear layers; output split; input joined; merged heads; lopsided input
-COUNTS = {'FLUX.1-dev': (504, 77, 38, 76, 156), 'SD3.5-large': (536, 77, 0, 75, 154),
-          'SD3.5-medium': (392, 49, 0, 60, 98), 'SDXL': (743, 70, 0, 140, 89)}
+# linear layers; output split; input joined; merged heads; after a lopsided activation; lopsided
+COUNTS = {'FLUX.1-dev': (504, 77, 38, 76, 156, 156), 'SD3.5-large': (536, 77, 0, 75, 154, 154),
+          'SD3.5-medium': (392, 49, 0, 60, 98, 98), 'SDXL': (743, 70, 0, 140, 89, 19)}
 # (kind, activation) of input parts
 KINDS = {'FLUX.1-dev': {'activation gelu_tanh': 76, 'activation silu': 80, 'heads None': 76},
          'SD3.5-large': {'activation gelu_tanh': 75, 'activation silu': 79, 'heads None': 75},

@@ -12,7 +12,7 @@ from segquant_nb.graph import LAYERS, SegPattern, analyze
 warnings.filterwarnings('ignore')
 
 # Counted by hand from the number of blocks: linear layers whose output is split, whose input is
-# joined, which merge attention heads, whose input is lopsided.
+# joined, which merge attention heads, whose input follows a lopsided activation.
 EXPECTED = {
     'flux': (5, 2, 4, 11),            # 2 + 2 + 1 AdaLN; 2 proj_out; 2 + 2; 2 time + 2 ff + 2 single + 5
     'flux-guidance': (5, 2, 4, 12), 'ovis': (9, 2, 4, 10), 'bria': (5, 2, 4, 10),
@@ -63,7 +63,7 @@ def test_model(name):
     counts = found.counts()
     assert counts['linears'] and counts['unseen'] == UNSEEN.get(name, 0), found.unseen
     if name in EXPECTED:
-        assert tuple(counts[k] for k in ('split', 'concat', 'heads', 'dual')) == EXPECTED[name]
+        assert tuple(counts[k] for k in ('split', 'concat', 'heads', 'activation')) == EXPECTED[name]
     check_classes(model, found)
 
 
@@ -78,7 +78,8 @@ def check_classes(model, found):
         if kind == 'FeedForward' and hasattr(module, 'net') and type(module.net[0]).__name__ in ACTIVATIONS:
             part, = found[f'{path}.net.2'].inputs
             assert (part.kind, part.activation) == ACTIVATIONS[type(module.net[0]).__name__]
-            assert part.polarity == 'asymmetric' and part.producer == part.gate == f'{path}.net.0.proj'
+            assert (part.polarity, part.gate_polarity) == ('symmetric', 'asymmetric')
+            assert part.producer == part.gate == f'{path}.net.0.proj'
         if kind == 'Attention' and getattr(module, 'heads', 1) > 1:
             out = found.get(f'{path}.to_out.0')
             if out is not None and out.seen and out.in_features > module.heads:
@@ -97,7 +98,7 @@ def test_unequal_split_and_concat():
     assert found[f'{block}.to_qkv_mlp_proj'].patterns == {SegPattern.LINEAR2SPLIT}
     heads, glu = found[f'{block}.to_out'].inputs
     assert (heads.heads, heads.polarity) == ((2, 16), 'symmetric')
-    assert (glu.kind, glu.columns, glu.polarity) == ('glu', (96 + 96, 96), 'asymmetric')  # the up half
+    assert (glu.kind, glu.columns, glu.gate_polarity) == ('glu', (96 + 96, 96), 'asymmetric')  # the up half
 
 
 def test_only_the_gelu_part_is_dual():
@@ -148,7 +149,8 @@ def test_llama():
     model = LlamaModel(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64,
                                    num_attention_heads=4, num_key_value_heads=2)).eval()
     found = analyze(model, dict(input_ids=torch.arange(5)[None], use_cache=False))
-    assert found.counts() == {'linears': 14, 'split': 0, 'concat': 0, 'heads': 2, 'dual': 2, 'unseen': 0}
+    assert found.counts() == {'linears': 14, 'split': 0, 'concat': 0, 'heads': 2, 'activation': 2, 'dual': 0,
+                              'unseen': 0}
     down = found['layers.0.mlp.down_proj'].inputs[0]
     assert (down.kind, down.activation, down.producer) == ('glu', 'silu', 'layers.0.mlp.up_proj')
     assert down.gate == 'layers.0.mlp.gate_proj'
@@ -171,7 +173,7 @@ def test_t5_encoder():
     model = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
                                     feed_forward_proj='gated-gelu')).eval()
     found = analyze(model, dict(input_ids=torch.arange(5)[None]))
-    assert (found.counts()['heads'], found.counts()['dual'], found.counts()['split']) == (2, 2, 0)
+    assert (found.counts()['heads'], found.counts()['activation'], found.counts()['split']) == (2, 2, 0)
     part, = found['encoder.block.0.layer.1.DenseReluDense.wo'].inputs
     assert (part.kind, part.activation) == ('glu', 'gelu_tanh')
 
@@ -187,6 +189,26 @@ def test_pytorchs_own_encoder():
     assert found['linear2'].dual and found['linear2'].inputs[0].activation == 'relu'
     assert 'self_attn.in_proj_weight' in found.bare_weights and len(found.bare_weights) == 2
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_pytorchs_own_encoder_with_padding():
+    "In eval mode this would run as one op on nested tensors"
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, padding = nn.TransformerEncoder(layer, 2).eval(), torch.tensor([[False, False, True]])
+    found = analyze(model, dict(src=torch.randn(1, 3, 16), src_key_padding_mask=padding))
+    for i in range(2): assert found[f'layers.{i}.linear2'].inputs[0].activation == 'relu'
+
+
+def test_gpt2_and_transposed_convolutions():
+    "transformers' Conv1D is a linear layer; and a guess finds the tokens"
+    from transformers import GPT2Config, GPT2Model
+    model = GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=10, bos_token_id=1, eos_token_id=1))
+    found = analyze(model.eval())
+    assert found['h.0.attn.c_attn'].out_sizes == [16]*3 and found['h.0.attn.c_proj'].heads == (2, 8)
+    assert found['h.0.mlp.c_proj'].inputs[0].activation == 'gelu_tanh'
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    found = analyze(model, torch.zeros(1, 4, 3, 3))
+    assert found['0'].type == 'ConvTranspose2d' and found['2'].inputs[0].producer == '0'
 
 
 def test_unequal_fused_projections():

@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from segquant_nb.graph import analyze
+from segquant_nb.graph import SegPattern, analyze
 
 ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
                'mish': F.mish, 'relu': F.relu, 'tanh': torch.tanh,
                'quick_gelu-ish': lambda x: x*torch.sigmoid(x)}
 KINDS = {name: ('activation', name, 'symmetric' if name == 'tanh' else 'asymmetric') for name in ACTIVATIONS}
 KINDS['quick_gelu-ish'] = ('activation', 'silu', 'asymmetric')
+KINDS['int'] = ('activation', 'pointwise', 'symmetric')
 PLAIN = ('plain', None, 'symmetric')
+OTHERS = ['scale', 'dropout', 'residual', 'add input', 'mask', 'choose', 'int']
 MOVES = {'none': lambda x: x,
          'permute': lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
          'reshape': lambda x: x.reshape(x.shape[0], x.shape[1], -1, 2).transpose(1, 2).transpose(1, 2).flatten(2),
@@ -30,7 +32,7 @@ class Piece:
     source: int
     start: int
     size: int
-    change: str  # a move, an activation, norm, scale, dropout or residual
+    change: str  # a move, an activation, norm, or one of OTHERS
     consumer: int
 
 
@@ -38,7 +40,7 @@ class Piece:
 def networks(draw):
     "Source layers are split at random; the pieces, changed at random, are joined for the consumers"
     pieces, consumers = [], draw(st.integers(1, 3))
-    changes = [*MOVES, *ACTIVATIONS, 'norm', 'scale', 'dropout', 'residual']
+    changes = [*MOVES, *ACTIVATIONS, 'norm', *OTHERS]
     for source in range(draw(st.integers(1, 3))):
         start = 0
         for size in draw(st.lists(st.sampled_from([2, 4, 6, 8]), min_size=1, max_size=4)):
@@ -74,6 +76,10 @@ class Network(nn.Module):
             elif p.change == 'norm': t = F.layer_norm(t, t.shape[-1:])
             elif p.change == 'scale': t = t*0.5
             elif p.change == 'dropout': t = F.dropout(t, 0.5, training=True)
+            elif p.change == 'add input': t = t + torch.cat([x, x], -1)[..., :p.size]
+            elif p.change == 'mask': t = t.masked_fill(x[..., :1] > 0, 0.)
+            elif p.change == 'choose': t = torch.where(other(x).argmax(-1, True) == 0, t, 2*t)
+            elif p.change == 'int': t = t.round().to(torch.int8).float()
             else: t = t + other(x)
             read[str(p.consumer)].append(t)
         return torch.cat([self.consumers[c](torch.cat(ts, -1)) for c, ts in read.items()], -1)
@@ -115,6 +121,8 @@ def test_random_networks(network):
         assert parts == expected_inputs(pieces, int(c)), pieces
     for s in model.sources:
         assert found[f'sources.{s}'].out_sizes == expected_outputs(pieces, int(s)), pieces
+    dead = {n for n, layer in found.items() if layer.seen and layer.dead}
+    assert not dead, pieces
 
 
 class Rotary(nn.Module):
@@ -222,13 +230,14 @@ def product(name):
     return GLU()
 
 
-@pytest.mark.parametrize('name, kind, polarity', [
+@pytest.mark.parametrize('name, kind, gate', [
     ('silu', 'glu', 'asymmetric'), ('gelu', 'glu', 'asymmetric'), ('gelu_tanh', 'glu', 'asymmetric'),
     ('quick_gelu-ish', 'glu', 'asymmetric'), ('F.glu', 'glu', 'symmetric'), ('none', 'plain', 'symmetric')])
-def test_gated_units(name, kind, polarity):
+def test_gated_units(name, kind, gate):
     found = analyze(product(name), torch.randn(1, 3, 8))
     part, = found['down'].inputs
-    assert (part.kind, part.polarity) == (kind, polarity)
+    assert (part.kind, part.gate_polarity, part.polarity) == (kind, gate, 'symmetric')
+    assert (SegPattern.ACTIVATION2LINEAR in found['down'].patterns) == (gate == 'asymmetric')
     assert found['up'].out_sizes == [12, 12]
 
 
@@ -245,10 +254,135 @@ class Spelled(nn.Module):
     ('gelu_tanh', lambda x: 0.5*x*(1 + torch.tanh(0.79788*(x + 0.044715*x**3)))),
     ('gelu', lambda x: 0.5*x*(1 + torch.erf(x/2**0.5))),
     ('silu', lambda x: x*torch.sigmoid(x)), ('mish', lambda x: x*torch.tanh(F.softplus(x))),
-    ('relu_squared', lambda x: F.relu(x)*F.relu(x)), ('silu', lambda x: F.dropout(F.silu(x), 0.1)*1.5)])
+    ('relu_squared', lambda x: F.relu(x)*F.relu(x)), ('silu', lambda x: F.dropout(F.silu(x), 0.1)*1.5),
+    ('quick_gelu', lambda x: x*torch.sigmoid(1.702*x)), ('relu', lambda x: x.clamp(min=0)),
+    ('relu', lambda x: x.masked_fill(x < 0, 0.)), ('relu', lambda x: x*(x > 0).float()),
+    ('leaky_relu', lambda x: torch.where(x > 0, x, 0.1*x)), ('relu6', F.relu6), ('hardswish', F.hardswish),
+    ('hardswish', lambda x: x*F.relu6(x + 3)/6), ('softplus', F.softplus), ('sigmoid', torch.sigmoid),
+    ('elu', F.elu), ('selu', F.selu), ('leaky_relu', F.leaky_relu), ('leaky_relu', lambda x: F.leaky_relu(x, .2)),
+    ('logsigmoid', F.logsigmoid), ('pointwise', lambda x: -F.silu(x)), ('pointwise', lambda x: F.silu(x) + .5),
+    ('gelu_tanh', lambda x: x*0.5*(1 + torch.tanh(torch.sqrt(torch.tensor(2/3.14159265))*(x + 0.044715*x**3))))])
 def test_spelled_out_activations(name, function):
     part, = analyze(Spelled(function), torch.randn(1, 3, 8))['b'].inputs
     assert (part.kind, part.activation, part.polarity, part.columns) == ('activation', name, 'asymmetric', (0, 12))
+
+
+@pytest.mark.parametrize('name, function', [
+    ('tanh', torch.tanh), ('sin', torch.sin), ('pointwise', lambda x: x + .5*torch.tanh(x)),
+    ('leaky_relu', lambda x: F.leaky_relu(x, .9)), ('pointwise', lambda x: F.silu(x) + torch.arange(12.)),
+    (None, lambda x: x), (None, lambda x: F.relu(x) - F.relu(-x)), (None, lambda x: x.clamp(-65504, 65504)),
+    (None, lambda x: 2*x + 1)])
+def test_curves_with_two_sides(name, function):
+    part, = analyze(Spelled(function), torch.randn(1, 3, 8))['b'].inputs
+    assert (part.kind, part.activation) == ('activation' if name else 'plain', name)
+    assert (part.polarity, part.producer) == ('symmetric', 'a')
+    on_meta, = analyze(Spelled(function).to('meta'), torch.randn(1, 3, 8))['b'].inputs
+    assert (on_meta.activation, on_meta.polarity) == (part.activation, part.polarity)
+
+
+class Calls(nn.Module):
+    "Three layers and a function that uses them"
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x): return self.function(self, x)
+
+
+def called(function): return analyze(Calls(function), torch.randn(2, 3, 8))
+
+
+def test_all_calls_of_a_layer_count():
+    part, = called(lambda m, x: m.b(F.silu(m.a(x))) + m.b(m.a(x)))['b'].inputs
+    assert part.polarity == 'symmetric' and part.activation is None
+    def chunked(m, x): return sum(layer(F.pad(t, (0, 4))) for layer, t in zip((m.b, m.c), m.a(x).chunk(2, -1)))
+    assert called(chunked)['a'].out_sizes == [4, 4]
+    assert called(lambda m, x: chunked(m, x) + m.d(m.a(x)))['a'].out_sizes == [8]
+
+
+def test_products_that_are_gated_units_and_that_are_not():
+    part, = called(lambda m, x: m.c(F.silu(m.a(x))*x))['c'].inputs
+    assert (part.kind, part.activation, part.producer, part.gate) == ('glu', 'silu', 'x', 'a')
+    part, = called(lambda m, x: (lambda g, u: m.c((g*u)*torch.sigmoid(g)))(m.a(x), m.b(x)))['c'].inputs
+    assert (part.kind, part.activation, part.producer, part.gate) == ('glu', 'silu', 'b', 'a')
+    for other in (F.silu, torch.sigmoid):  # both factors have a thin side: so has the product
+        part, = called(lambda m, x: m.c(F.gelu(m.a(x))*other(m.b(x))))['c'].inputs
+        assert (part.kind, part.activation, part.polarity) == ('glu', 'gelu', 'asymmetric')
+    part, = called(lambda m, x: m.c(F.gelu(m.a(x))*torch.tanh(m.b(x))))['c'].inputs
+    assert (part.kind, part.polarity) == ('glu', 'symmetric')
+    part, = called(lambda m, x: m.c(x + F.gelu(m.a(x))))['c'].inputs
+    assert (part.kind, part.activation, part.polarity) == ('plain', None, 'symmetric')
+
+    def gated_attention(m, x):
+        q = m.a(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        return m.c(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)*F.silu(m.b(x)))
+    part, = called(gated_attention)['c'].inputs
+    assert (part.kind, part.heads, part.activation) == ('heads', (2, 4), None)
+
+
+def test_a_norm_and_a_sum_with_something_else():
+    def modulated(m, x):
+        scale, shift = m.a(x), m.a(x + 1)
+        return m.c(F.layer_norm(x, (8,))*scale + shift)
+    assert called(modulated)['c'].inputs[0].kind == 'norm'
+    part, = called(lambda m, x: m.c(F.layer_norm(x, (8,))*m.a(x) + m.b(x)))['c'].inputs
+    assert part.kind == 'plain'  # the shift is another layer's: it may be a stream of its own
+
+
+def routed(m, x): return torch.where(m.a(x).argmax(-1, True) == 0, m.b(x), m.c(x))
+
+
+@pytest.mark.parametrize('function, layers', [
+    (lambda m, x: F.one_hot(m.a(x).argmax(-1), 8), 'a'), (lambda m, x: x.masked_fill(m.a(x) > 0, 0.), 'a'),
+    (routed, 'abc'), (lambda m, x: m.b(m.a(x).round().to(torch.int8).float()), 'ab'),
+    (lambda m, x: m.b(x[:, m.a(x)[0, :, 0].topk(2).indices]), 'b'), (lambda m, x: x[m.a(x) > 0], 'a'),
+    (lambda m, x: m.b(x) if m.a(x).max().item() > -9 else x, 'ab'), (lambda m, x: (m.a(x) for _ in '1'), 'a')])
+def test_what_passes_through_integers_is_alive(function, layers):
+    found = called(function)
+    for name in layers: assert found[name].dead == [] and found[name].seen
+
+
+def test_holders_of_outputs():
+    @dataclasses.dataclass(slots=True)
+    class Slots:
+        value: torch.Tensor
+
+    class Opaque:
+        __slots__ = ('value',)
+
+        def __init__(self, value): self.value = value
+    for holder in (Slots, Opaque):
+        found = called(lambda m, x: holder(m.a(x)))
+        assert found['a'].dead == []
+    assert called(lambda m, x: (m.a(x), m.b(x))[0])['b'].dead == [[0, 8]]
+
+
+def test_padding_is_no_part():
+    found = called(lambda m, x: m.c(F.pad(m.a(x)[..., :6], (0, 2))))
+    assert [(p.size, p.kind, p.learned) for p in found['c'].inputs] == [(6, 'plain', True), (2, 'constant', False)]
+    assert not found['c'].patterns
+
+
+class LowRank(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.down = nn.Linear(8, 2)
+
+    def forward(self, x): return super().forward(x) + self.down(x).sum()
+
+
+def test_layers_that_ran_but_say_nothing():
+    assert analyze(nn.Sequential(LowRank()), torch.randn(2, 8)).unseen == {'0.down': "inside layer '0'"}
+    assert called(lambda m, x: m.a(x) + m.b(x[:0]).sum()).unseen['b'] == 'got an empty tensor'
+
+
+def test_rare_rows_are_seen():
+    "One row in 400 comes from elsewhere"
+    class Rare(Calls):
+        def forward(self, x): return self.c(torch.cat([self.a(x[:133]), self.b(x[:1]), self.a(x[133:])]))
+    part, = analyze(Rare(None), torch.randn(400, 8))['c'].inputs
+    assert part.kind == 'tokens' and part.producer == 'a | b'
 
 
 class Interleaved(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from graph_configs import CASES, build
 from torch import nn
 
-from segquant_nb.graph import (SegPattern, Semantics, analyze, example_from_pipeline, record, select)
+from segquant_nb.graph import (SegPattern, Semantics, analyze, example_from_pipeline, record)
 
 
 class Stateful(nn.Module):
@@ -73,7 +73,8 @@ def test_backward_after_it(name):
     assert any(p.grad is not None for p in model.parameters())
 
 
-def layers_of(found): return [(n, l.in_sizes, l.out_sizes, l.heads, l.dual) for n, l in found.items()]
+def layers_of(found):
+    return [(n, l.in_sizes, l.out_sizes, l.heads, sorted(map(str, l.patterns))) for n, l in found.items()]
 
 
 def cast(value, dtype):
@@ -184,7 +185,106 @@ def test_no_example_says_how_to_give_one():
 def test_a_pipeline_that_does_not_get_there():
     pipe = graph_pipelines.sd3_pipeline()
     with pytest.raises(RuntimeError, match='did not reach Linear'): analyze(nn.Linear(2, 2), pipeline=pipe)
-    with pytest.raises(ValueError, match='no transformer or unet'): analyze(object())
+    with pytest.raises(ValueError, match='no transformer or unet'): analyze(lambda prompt: None)
+
+
+@pytest.mark.parametrize('make', [
+    graph_pipelines.controlnet_pipeline,
+    lambda: graph_pipelines.image_pipeline('StableDiffusionXLImg2ImgPipeline'),
+    lambda: graph_pipelines.image_pipeline('StableDiffusionXLInpaintPipeline')],
+    ids=['controlnet', 'image', 'inpaint'])
+def test_pipelines_that_need_an_image(make):
+    assert layers_of(analyze(make())) == layers_of(analyze(graph_pipelines.sdxl_pipeline()))
+
+
+def test_a_controlnet_alone_and_in_its_pipeline():
+    pipe = graph_pipelines.controlnet_pipeline()
+    alone, called = analyze(pipe.controlnet), analyze(pipe.controlnet, pipeline=pipe)
+    assert layers_of(alone) == layers_of(called) and alone.counts()['unseen'] == 0
+
+
+def test_example_wins_and_call_is_passed_on():
+    pipe = graph_pipelines.sd3_pipeline()
+    shapes = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs['hidden_states'].shape[-1]), with_kwargs=True)
+    args, kwargs = example_from_pipeline(pipe)
+    found = analyze(pipe, kwargs | dict(hidden_states=torch.zeros(2, 4, 6, 6)))
+    assert shapes[-1] == 6
+    assert layers_of(analyze(pipe, call=dict(height=96, width=96))) == layers_of(found)
+    assert shapes[-1] == 12
+    hook.remove()
+
+
+def test_recorded_where_the_pipeline_calls_it():
+    "Some models only run within a context that their pipeline opens"
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.open = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            if not self.open: raise ValueError('not open')
+            return self.a(x)
+
+    class Pipeline:
+        def __init__(self): self.transformer = Model()
+
+        def __call__(self, prompt):
+            self.transformer.open = True
+            self.transformer(torch.zeros(1, 4))
+    pipe = Pipeline()
+    assert analyze(pipe)['a'].seen and not pipe.transformer.open
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (lambda: analyze('flux'), "not str 'flux'"), (lambda: analyze(None), 'diffusers pipeline, not NoneType'),
+    (lambda: analyze(3), 'not int 3'), (lambda: analyze(object()), 'needs a model'),
+    (lambda: analyze(nn.Linear(2, 2), 'x'), "example has to be a dict.*not str 'x'"),
+    (lambda: Semantics.from_json('{}'), 'not the JSON of a Semantics'),
+    (lambda: analyze(torch.jit.script(nn.Linear(2, 2)), torch.ones(1, 2)), 'scripted or traced'),
+    (lambda: analyze(nn.ReLU(), torch.ones(1, 2)), 'no linear layer and no convolution')])
+def test_wrong_arguments(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message): wrong()
+
+
+class Writes(nn.Module):
+    "Changes a weight, a plain tensor and a list within a dict"
+    def __init__(self):
+        super().__init__()
+        self.a, self.mean, self.cache = nn.Linear(4, 4), torch.zeros(4), {'k': [torch.zeros(4)]}
+
+    def forward(self, x):
+        with torch.no_grad(): self.a.weight.mul_(2)
+        self.a.bias.data.add_(1)
+        self.mean += 1
+        self.cache['k'][0] += 1
+        self.cache['k'].append(x)
+        return self.a(x)
+
+
+def test_what_was_written_in_place_is_put_back():
+    model = Writes()
+    before = copy.deepcopy(model.state_dict())
+    analyze(model, torch.randn(2, 4))
+    for name, value in before.items(): assert torch.equal(value, model.state_dict()[name])
+    assert model.mean.sum() == 0 and len(model.cache['k']) == 1 and model.cache['k'][0].sum() == 0
+
+
+def test_large_weights_that_changed_are_told(monkeypatch):
+    from segquant_nb import graph
+    saved = graph._saved_tensors
+    monkeypatch.setattr(graph, '_saved_tensors', lambda model, held: saved(model, held, most=0))
+    with pytest.warns(UserWarning, match='Writes changed a tensor of shape'): analyze(Writes(), torch.ones(2, 4))
+
+
+def test_threads_wait_for_each_other():
+    from concurrent.futures import ThreadPoolExecutor
+    model, inputs = build(CASES['flux'])
+    plain, before = layers_of(analyze(model, inputs)), state(model)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: analyze(model, inputs), range(8)): assert layers_of(found) == plain
+    assert_same(before, state(model))
 
 
 def test_too_large_an_example_is_refused():
@@ -198,12 +298,12 @@ def test_json_and_select():
     found = analyze(model, inputs)
     back = Semantics.from_json(found.to_json())
     assert back == found and back.model == found.model and repr(back) == repr(found)
-    assert layers_of(select(found, SegPattern.all())) == layers_of(found)
-    none = select(found, [])
+    assert layers_of(found.select(SegPattern.all())) == layers_of(found)
+    none = found.select([])
     assert not any(layer.patterns for layer in none.values()) and found.counts()['dual'] == 11
-    seg = select(found, SegPattern.seg()).counts()
+    seg = found.select(SegPattern.seg()).counts()
     assert (seg['split'], seg['heads'], seg['concat'], seg['dual']) == (5, 4, 2, 0)
-    dual = select(found, [SegPattern.ACTIVATION2LINEAR]).counts()
+    dual = found.select([SegPattern.ACTIVATION2LINEAR]).counts()
     assert (dual['split'], dual['heads'], dual['concat'], dual['dual']) == (0, 0, 0, 9)  # proj_out is one part
 
 
