@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'TEXTURES', 'SIZES', 'RELATIONS', 'TONES', 'BACKGROUNDS', 'SIDE', 'SYNONYMS', 'Thing', 'Scene',
-           'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'edges', 'scene_batch']
+           'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'scene_table', 'draw_table', 'edges',
+           'scene_batch']
 
 # %% ../nbs/01_scenes.ipynb #7b676d86
 import random
@@ -142,16 +143,17 @@ def _distances(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     ring = (far - .74*r).abs() - .26*r
     return torch.stack([circle, square, triangle, diamond, bar, ring])
 
-# %% ../nbs/01_scenes.ipynb #562792b9
+# %% ../nbs/01_scenes.ipynb #f8a9ce4f
 def _grain(seeds: Tensor, side: int = SIDE) -> Tensor:
-    "(B, side, side) noise in [0, 1): an integer hash of seed and position"
-    i = torch.arange(side*side, device=seeds.device)
+    "(B, side, side) noise in [0, 1): a hash of seed and position, in cells of 2 by 2 pixels"
+    i = torch.arange((side//2)**2, device=seeds.device)
     h = (i*0x9E3779B1 + seeds[:, None]*0x85EBCA6B) & 0xffffffff
     for multiplier in (0x7feb352d, 0x846ca68b):
         h = ((h ^ (h >> 16))*multiplier) & 0xffffffff
-    return ((h ^ (h >> 16)).double()/2**32).float().view(-1, side, side)
+    noise = ((h ^ (h >> 16)).double()/2**32).float().view(-1, side//2, side//2)
+    return noise.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
-# %% ../nbs/01_scenes.ipynb #3b62158d
+# %% ../nbs/01_scenes.ipynb #332968a3
 def _texture(x: Tensor, y: Tensor, grain: Tensor) -> Tensor:
     "How light each pixel is, 0 to 1, for each texture of `TEXTURES`, stacked in front"
     def wave(v, period): return torch.sin(v*(2*torch.pi/period))
@@ -167,29 +169,44 @@ def render(
     device: torch.device | str = 'cpu',
 ) -> Tensor:  # (B, 3, 64, 64) float32 in [0, 1]
     "Draw scenes, all at once"
-    def column(values, dtype=torch.float32): return torch.tensor(values, dtype=dtype, device=device)
+    return draw_table(scene_table(scenes).to(device))
+
+
+def scene_table(
+    scenes: list[Scene],
+) -> Tensor:  # (B, 15) float64
+    "Grain, tone, background; then x, y, size, color, texture, shape of each thing"
+    def row(s):
+        things = [v for t in s.things for v in (
+            t.x, t.y, SIZES[t.size], list(COLORS).index(t.color), TEXTURES.index(t.texture),
+            SHAPES.index(t.shape))]
+        nothing = [0., 0., -1e6, 0, 0, 0]  # a thing of negative size covers no pixel
+        return [s.seed, list(TONES).index(s.tone), BACKGROUNDS.index(s.background),
+                *things, *nothing][:15]
+    return torch.tensor([row(s) for s in scenes], dtype=torch.float64)
+
+
+def draw_table(
+    table: Tensor,  # (B, 15) from `scene_table`, on any device
+) -> Tensor:  # (B, 3, 64, 64) float32 in [0, 1]
+    "Draw rows of numbers"
+    device, kinds = table.device, table.long()
     position = torch.arange(SIDE, device=device) + .5
     py, px = torch.meshgrid(position, position, indexing='ij')
-    grain = _grain(column([s.seed for s in scenes], torch.int64))
+    grain = _grain(kinds[:, 0])
+    colors, tones = (torch.tensor(list(c.values()), device=device) for c in (COLORS, TONES))
 
-    tone = column([TONES[s.tone] for s in scenes])[:, :, None, None]
-    kind = column([BACKGROUNDS.index(s.background) for s in scenes], torch.int64)
     slope = .72 + .5*py/SIDE  # darker at the top
     shades = torch.stack([torch.ones_like(grain), slope.expand_as(grain), 1 + .5*(grain - .5)])
-    image = tone*_pick(shades, kind)[:, None]
-
-    for n in range(2):
-        there = [s.things[n] if n < len(s.things) else None for s in scenes]
-        shown = [t or s.things[0] for t, s in zip(there, scenes)]  # drawn, but not shown
-        x = px - column([t.x for t in shown])[:, None, None]
-        y = py - column([t.y for t in shown])[:, None, None]
-        r = column([SIZES[t.size] for t in shown])[:, None, None]
-        shape = column([SHAPES.index(t.shape) for t in shown], torch.int64)
-        texture = column([TEXTURES.index(t.texture) for t in shown], torch.int64)
-        inside, light = _pick(_distances(x, y, r), shape), _pick(_texture(x, y, grain), texture)
-        color = column([COLORS[t.color] for t in shown])[:, :, None, None]
-        cover = (.5 - inside).clamp(0, 1)*column([t is not None for t in there])[:, None, None]
-        image = image + cover[:, None]*(color*(.38 + .62*light[:, None]) - image)
+    image = tones[kinds[:, 1]][:, :, None, None]*_pick(shades, kinds[:, 2])[:, None]
+    for thing in (slice(3, 9), slice(9, 15)):
+        x, y, r = table[:, thing, None, None].float().unbind(1)[:3]
+        color, texture, shape = kinds[:, thing].unbind(1)[3:]
+        inside = _pick(_distances(px - x, py - y, r), shape)
+        light = _pick(_texture(px - x, py - y, grain), texture)
+        cover = (.5 - inside).clamp(0, 1)[:, None]
+        light = colors[color][:, :, None, None]*(.38 + .62*light[:, None])
+        image = image + cover*(light - image)
     return image.clamp(0, 1)
 
 
