@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'PARTS', 'Pool', 'make_pool', 'token_ids', 'Task', 'train', 'judge_task', 'vae_task', 'latent_scale',
            'Reader', 'TextTeacher', 'text_task', 'text_embeddings', 'Denoising', 'denoiser_task', 'distillation_task',
-           'save_weights', 'train_part']
+           'control_task', 'save_weights', 'train_part']
 
-# %% ../nbs/04_training.ipynb #19bcebdb
+# %% ../nbs/04_training.ipynb #423f5065
 import copy
 import csv
 import hashlib
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .metrics import QUESTIONS, Judge, answers
-from .scenes import caption, draw_table, sample_scene, scene_table
+from .scenes import caption, draw_table, edges, sample_scene, scene_table
 from .zoo import (FAMILIES, TEXT_LENGTH, WEIGHTS, WIDTH, autoencoder, build,
-                             clip_encoder, clip_tokenizer, load, noise_model, read_weights,
-                             t5_encoder, t5_tokenizer)
+                             clip_encoder, clip_tokenizer, controlnet_for, load, noise_model,
+                             read_weights, t5_encoder, t5_tokenizer)
 
-# %% ../nbs/04_training.ipynb #f826d0cb
+# %% ../nbs/04_training.ipynb #ec584414
 @dataclass
 class Pool:
     "Many scenes: what a training step needs of them, on the device that trains"
@@ -44,6 +44,7 @@ class Pool:
     t5: Tensor  # (N, 24)
     drawn: Tensor | None = None  # (N, 3, 64, 64) in 8 bits, where there is room for it
     latents: Tensor | None = None  # (N, 16, 16, 16) in 16 bits, once there is an autoencoder
+    edges: Tensor | None = None  # (N, 1, 64, 64) where there are edges, for ControlNets
 
     def __len__(self): return len(self.table)
 
@@ -255,7 +256,7 @@ def text_task(pool: Pool, steps: int = 4000, batch: int = 128) -> Task:
     torch.manual_seed(0)
     return Task(TextTeacher().to(pool.table.device), loss, steps, rate=2e-3)
 
-# %% ../nbs/04_training.ipynb #722f0077
+# %% ../nbs/04_training.ipynb #349893ec
 @torch.no_grad()
 def text_embeddings(
     pipe,  # of the zoo
@@ -284,15 +285,20 @@ class Denoising:
         self.alphas = getattr(pipe.scheduler, 'alphas_cumprod', torch.ones(1)).to(device)
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        "Pictures to latents, as the pipeline does it"
+        config = self.pipe.vae.config
+        shift = 0. if self.kind == 'StableDiffusionXLPipeline' else config.shift_factor
+        z = self.pipe.vae.encode(images*2 - 1).latent_dist.mean.float()
+        return (z - shift)*config.scaling_factor
+
     def latents(self, pool: Pool, rows: Tensor) -> Tensor:
-        "As the pipeline expects them; all of the pool are computed once"
-        vae = self.pipe.vae
+        "Of scenes of the pool; all of them are computed once"
         if pool.latents is None:
             every = torch.arange(len(pool), device=pool.table.device)
-            pool.latents = torch.cat([vae.encode(pool.pictures(some)*2 - 1).latent_dist.mean.half()
+            pool.latents = torch.cat([self.encode(pool.pictures(some)).half()
                                       for some in every.split(512)])
-        shift = 0. if self.kind == 'StableDiffusionXLPipeline' else vae.config.shift_factor
-        return (pool.latents[rows].float() - shift)*vae.config.scaling_factor
+        return pool.latents[rows].float()
 
     def text(self, pool: Pool, rows: Tensor, dropped: Tensor, length: int) -> tuple[Tensor, Tensor]:
         "Embeddings of captions, and of no caption where it is dropped"
@@ -305,23 +311,34 @@ class Denoising:
         return sequence, pooled
 
     def predict(self, model, z: Tensor, t: Tensor, sequence: Tensor, pooled: Tensor,
-                guidance: Tensor | None = None) -> Tensor:
-        "What the pipeline would get from its denoiser; t from 0 to 1000"
+                guidance: Tensor | None = None, control=None) -> Tensor:
+        "What the pipeline would get from its denoiser; t from 0 to 1000; control: a net and edges"
+        net, edges = control or (None, None)
         if self.kind == 'StableDiffusion3Pipeline':
-            return model(hidden_states=z, timestep=t, encoder_hidden_states=sequence,
-                         pooled_projections=pooled).sample
+            given = dict(hidden_states=z, timestep=t, encoder_hidden_states=sequence,
+                         pooled_projections=pooled)
+            extra = net and net(**given, controlnet_cond=self.encode(edges), return_dict=False)[0]
+            return model(**given, block_controlnet_hidden_states=extra).sample
         if self.kind == 'FluxPipeline':
             b, c, h, w = z.shape
             image_ids = self.pipe._prepare_latent_image_ids(b, h//2, w//2, z.device, z.dtype)
-            out = model(hidden_states=self.pipe._pack_latents(z, b, c, h, w), timestep=t/1000,
-                        guidance=torch.ones_like(t) if guidance is None else guidance,
-                        encoder_hidden_states=sequence, pooled_projections=pooled,
-                        img_ids=image_ids,
-                        txt_ids=torch.zeros(sequence.shape[1], 3, device=z.device)).sample
+            def packed(x): return self.pipe._pack_latents(x, b, c, h, w)
+            given = dict(hidden_states=packed(z), timestep=t/1000, pooled_projections=pooled,
+                         guidance=torch.ones_like(t) if guidance is None else guidance,
+                         encoder_hidden_states=sequence, img_ids=image_ids,
+                         txt_ids=torch.zeros(sequence.shape[1], 3, device=z.device))
+            extra = net(**given, controlnet_cond=packed(self.encode(edges)),
+                        return_dict=False) if net else (None, None)
+            out = model(**given, controlnet_block_samples=extra[0],
+                        controlnet_single_block_samples=extra[1]).sample
             return out.view(b, h//2, w//2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
         times = torch.tensor([64., 64, 0, 0, 64, 64], device=z.device).expand(len(z), -1)
-        return model(z, t, encoder_hidden_states=sequence,
-                     added_cond_kwargs={'text_embeds': pooled, 'time_ids': times}).sample
+        given = dict(encoder_hidden_states=sequence,
+                     added_cond_kwargs={'text_embeds': pooled, 'time_ids': times})
+        down, middle = net(z, t, controlnet_cond=edges, return_dict=False,
+                           **given) if net else (None, None)
+        return model(z, t, down_block_additional_residuals=down,
+                     mid_block_additional_residual=middle, **given).sample
 
     def noisy(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "A mix of picture and noise, its time, and what the denoiser should say"
@@ -392,6 +409,36 @@ def distillation_task(
             return {'error': F.mse_loss(job.predict(model, z, t, *said, strength).float(), target)}
     torch.manual_seed(0)
     return Task(noise_model(pipe), loss, steps, rate, decay=.999)
+
+# %% ../nbs/04_training.ipynb #1510fa2d
+def control_task(
+    pipe,  # with a trained denoiser
+    pool: Pool,
+    steps: int = 5000,
+    batch: int = 64,
+    rate: float = 5e-4,
+) -> Task:
+    "A ControlNet for edges"
+    job, device = Denoising(pipe), pool.table.device.type
+    net = controlnet_for(pipe).to(device)
+    model = noise_model(pipe).requires_grad_(False)
+    if pool.edges is None:
+        pool.edges = torch.cat([edges(pool.pictures(some))[:, :1].bool().to(device)
+                                for some in torch.arange(len(pool), device=device).split(4096)])
+
+    def loss(net, step):
+        rows = _rows(pool, step, batch)
+        dropped = torch.rand(batch, device=rows.device) < .3  # edges alone should do, too
+        length = LENGTHS[step % 8]
+        if job.kind == 'FluxPipeline': length = max(length, TEXT_LENGTH)
+        text = job.text(pool, rows, dropped, length)
+        z, t, target = job.noisy(job.latents(pool, rows))
+        lines = pool.edges[rows].float().expand(-1, 3, -1, -1)
+        with torch.autocast(device, torch.bfloat16):
+            said = job.predict(model, z, t, *text, control=(net, lines))
+        return {'error': F.mse_loss(said.float(), target)}
+    torch.manual_seed(0)
+    return Task(net, loss, steps, rate, decay=.999)
 
 # %% ../nbs/04_training.ipynb #772859c8
 PARTS = {'judge': judge_task, 'vae': vae_task, 'text': text_task,

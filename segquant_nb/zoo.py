@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_LENGTH', 'WIDTH', 'LATENT_CHANNELS', 'FAMILIES', 'WEIGHTS', 'clip_tokenizer', 't5_tokenizer', 'clip_encoder',
            't5_encoder', 'parameters', 'autoencoder', 'sd35_transformer', 'flux_transformer', 'sdxl_unet', 'build',
-           'noise_model', 'read_weights', 'load', 'generate']
+           'noise_model', 'controlnet_for', 'with_controlnet', 'read_weights', 'load', 'generate']
 
 # %% ../nbs/02_zoo.ipynb #79766866
 import hashlib
@@ -193,7 +193,47 @@ def noise_model(pipe) -> nn.Module:
     "What a pipeline calls at every step: its transformer or its UNet"
     return pipe.transformer if getattr(pipe, 'transformer', None) is not None else pipe.unet
 
-# %% ../nbs/02_zoo.ipynb #3a6bc588
+# %% ../nbs/02_zoo.ipynb #e104ad38
+def controlnet_for(
+    pipe,  # of the zoo
+) -> nn.Module:  # an SD3ControlNetModel, FluxControlNetModel or ControlNetModel
+    "A ControlNet that changes nothing yet: first blocks copied, outputs zero"
+    from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
+    model, kind = noise_model(pipe), type(pipe).__name__
+    if kind == 'StableDiffusionXLPipeline':  # its edges are pixels, four times the latent's side
+        channels = (16, 32, 48)  # one halving between two of them
+        return ControlNetModel.from_unet(
+            model, conditioning_embedding_out_channels=channels).eval()
+    config = {k: v for k, v in model.config.items() if not k.startswith('_')}
+    if kind == 'FluxPipeline':
+        net = FluxControlNetModel(**{k: config[k] for k in (
+            'patch_size', 'in_channels', 'attention_head_dim', 'num_attention_heads',
+            'guidance_embeds', 'joint_attention_dim', 'pooled_projection_dim', 'axes_dims_rope')},
+            num_layers=1, num_single_layers=1)
+    else:
+        net = SD3ControlNetModel(**config | dict(
+            num_layers=2, extra_conditioning_channels=0, force_zeros_for_pooled_projection=False))
+    net.load_state_dict(model.state_dict(), strict=False)  # what has the same name; the rest is new
+    return net.eval()
+
+
+def with_controlnet(
+    pipe,  # of the zoo
+    controlnet: nn.Module,  # from `controlnet_for`
+):  # the ControlNet twin of the pipeline, made of the same parts
+    "The pipeline that takes edges as well as a prompt"
+    import diffusers
+    twin = {'StableDiffusion3Pipeline': 'StableDiffusion3ControlNetPipeline',
+            'FluxPipeline': 'FluxControlNetPipeline',
+            'StableDiffusionXLPipeline': 'StableDiffusionXLControlNetPipeline'}[type(pipe).__name__]
+    more = {'add_watermarker': False} if 'XL' in twin else {}
+    parts = {k: v for k, v in pipe.components.items()
+             if k not in ('image_encoder', 'feature_extractor')}
+    result = getattr(diffusers, twin)(**parts, controlnet=controlnet, **more)
+    result.set_progress_bar_config(disable=True)
+    return result
+
+# %% ../nbs/02_zoo.ipynb #b8c7786b
 WEIGHTS = Path(find_spec('segquant_nb').origin).parent/'weights'
 
 
@@ -218,9 +258,10 @@ def read_weights(
 
 def load(
     name: str,  # "tiny-sd35", "tiny-flux" or "tiny-sdxl"
+    controlnet: bool = False,  # the twin that takes edges as well
     dtype: torch.dtype = torch.float32,
     denoiser: bool = True,  # False: leave the transformer or UNet random, to train it
-):  # a StableDiffusion3Pipeline, FluxPipeline or StableDiffusionXLPipeline
+):  # a StableDiffusion3Pipeline, FluxPipeline or StableDiffusionXLPipeline, or its ControlNet twin
     "A trained pipeline, an ordinary one of diffusers; no network, no files but the package's own"
     pipe = build(name)
     text = read_weights('text')
@@ -230,6 +271,10 @@ def load(
     _fill(pipe.text_encoder_2, part('t5.' if name == 'tiny-flux' else 'clip2.'))
     pipe.vae.load_state_dict(read_weights('vae'))
     if denoiser: noise_model(pipe).load_state_dict(read_weights(name))
+    if controlnet:
+        net = controlnet_for(pipe)
+        net.load_state_dict(read_weights(f'{name}-controlnet'))
+        pipe = with_controlnet(pipe, net)
     return pipe.to(dtype) if dtype != torch.float32 else pipe
 
 
@@ -238,22 +283,25 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor]):
     plain = {k.removeprefix('text_model.'): v for k, v in weights.items()}
     encoder.load_state_dict({k: plain[k.removeprefix('text_model.')] for k in encoder.state_dict()})
 
-# %% ../nbs/02_zoo.ipynb #8dbe07b5
+# %% ../nbs/02_zoo.ipynb #3748eb89
 @torch.no_grad()
 def generate(
     pipe,  # a pipeline of the zoo
     prompts: list[str],
     seed: int = 0,  # picture i starts from seed + i
     batch: int = 16,  # pictures at once
+    edges: Tensor | None = None,  # (B, 3, 64, 64), for a ControlNet pipeline
     **options,  # of the pipeline's call, e.g. num_inference_steps
 ) -> Tensor:  # (B, 3, 64, 64) in [0, 1]
     "Pictures for prompts, each from a seed of its own"
     if 'max_sequence_length' in inspect.signature(pipe.__call__).parameters:
         options = {'max_sequence_length': TEXT_LENGTH} | options  # no caption is longer
-    images = []
+    images, given = [], inspect.signature(pipe.__call__).parameters
+    condition = 'control_image' if 'control_image' in given else 'image'
     for start in range(0, len(prompts), batch):
         some = prompts[start:start + batch]
         noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
+        if edges is not None: options[condition] = edges[start:start + batch]
         call = dict(height=64, width=64, generator=noise, output_type='pt') | options
         images.append(pipe(some, **call).images)
     return torch.cat(images).float()

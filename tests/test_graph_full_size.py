@@ -47,14 +47,14 @@ from segquant_nb.graph import SegPattern, analyze
 kind, config = json.loads(sys.argv[1])
 model_class = getattr(diffusers, kind)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
-before, start = peak(), time.time()
+before, start = peak(), time.process_time()  # of this process: others may be busy
 with torch.device('meta'): model = model_class.from_config(config)
 found = analyze(model)  # weights on meta, inputs guessed
 parts = Counter(f'{p.kind} {p.activation}' for l in found.linears.values() for p in l.inputs)
 splits = Counter(f'{len(l.outputs)}×{l.out_sizes[0]}' for l in found.linears.values() if len(l.outputs) > 1)
 unequal = [l for l in found.linears.values() if SegPattern.CONCAT2LINEAR in l.patterns]
 print(json.dumps(dict(
-    counts=list(found.counts().values()), parts=parts, splits=splits, seconds=time.time() - start,
+    counts=list(found.counts().values()), parts=parts, splits=splits, seconds=time.process_time() - start,
     megabytes=peak() - before, lines=len(repr(found).splitlines()),
     unequal=[[l.in_sizes, [p.polarity for p in l.inputs]] for l in unequal],
     convs=sum(len(l.inputs) > 1 for l in found.values() if l.type == 'Conv2d' and l.name.endswith('conv1')))))
