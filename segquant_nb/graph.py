@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# %% ../nbs/11_graph.ipynb #66454f1b
+# %% ../nbs/11_graph.ipynb #36aed728
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,  # what is reported
           nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -57,7 +57,8 @@ _NORMS = set('''native_layer_norm native_group_norm native_batch_norm _native_ba
     _native_batch_norm_legit_no_training _fused_rms_norm layer_norm group_norm rms_norm
     cudnn_batch_norm miopen_batch_norm _batch_norm_no_update'''.split())
 _INDEXED = re.compile('index|gather|take|scatter')
-_POINTWISE = {'hardswish', '_prelu_kernel', 'log_sigmoid_forward', 'rrelu_with_noise'}  # no tag
+_POINTWISE = {'hardswish', 'leaky_relu', '_prelu_kernel', 'log_sigmoid_forward',
+              'rrelu_with_noise'}  # not tagged, at least in PyTorch 2.11
 _PRODUCTS = re.compile('mm$|matmul|einsum|linear|dot_product|attention|conv')
 
 # %% ../nbs/11_graph.ipynb #05865772
