@@ -440,7 +440,7 @@ def control_task(
     torch.manual_seed(0)
     return Task(net, loss, steps, rate, decay=.999)
 
-# %% ../nbs/04_training.ipynb #772859c8
+# %% ../nbs/04_training.ipynb #1156e535
 PARTS = {'judge': judge_task, 'vae': vae_task, 'text': text_task,
          **{name: denoiser_task for name in FAMILIES}}
 
@@ -479,6 +479,7 @@ def train_part(
     if name not in PARTS:
         raise ValueError(f'{name!r} is not a part of the zoo: there are {", ".join(PARTS)}.')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it broke FLUX's backward, torch 2.11
     pool, more = make_pool(scenes).to(device), {} if steps is None else {'steps': steps}
     if name not in FAMILIES: task = PARTS[name](pool, batch=batch, **more)
     else:
