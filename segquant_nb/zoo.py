@@ -283,7 +283,7 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor]):
     plain = {k.removeprefix('text_model.'): v for k, v in weights.items()}
     encoder.load_state_dict({k: plain[k.removeprefix('text_model.')] for k in encoder.state_dict()})
 
-# %% ../nbs/02_zoo.ipynb #3748eb89
+# %% ../nbs/02_zoo.ipynb #fd990ada
 @torch.no_grad()
 def generate(
     pipe,  # a pipeline of the zoo
@@ -298,6 +298,10 @@ def generate(
         options = {'max_sequence_length': TEXT_LENGTH} | options  # no caption is longer
     images, given = [], inspect.signature(pipe.__call__).parameters
     condition = 'control_image' if 'control_image' in given else 'image'
+    if not prompts or isinstance(prompts, str):
+        raise ValueError(f'prompts={prompts!r}: expected a list with at least one prompt.')
+    if edges is not None and condition not in given:
+        raise ValueError(f'{type(pipe).__name__} takes no edges: load it with controlnet=True.')
     for start in range(0, len(prompts), batch):
         some = prompts[start:start + batch]
         noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
