@@ -4,35 +4,44 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'psnr', 'ssim', 'relative_error', 'answers', 'Judge', 'judge', 'ask', 'perceptual', 'frechet',
-           'gaussian_distance', 'side_by_side', 'bootstrap']
+           'gaussian_distance', 'side_by_side', 'record_latents', 'latent_error', 'draw_latent_error', 'bootstrap',
+           'LPIPS', 'FID', 'CLIPScore', 'ImageReward']
 
-# %% ../nbs/03_metrics.ipynb #879f43ea
+# %% ../nbs/03_metrics.ipynb #c63b7a03
+import importlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scenes import (BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, TONES,
                                 Scene)
-from .zoo import read_weights
+from .zoo import generate, read_weights
 
-# %% ../nbs/03_metrics.ipynb #63874e2d
+# %% ../nbs/03_metrics.ipynb #a8d7240a
 def psnr(
     images: Tensor,  # (B, C, H, W) in [0, 1]
     reference: Tensor,  # the same shape
 ) -> Tensor:  # (B,) in dB; infinite where they are equal
     "Peak signal-to-noise ratio of each picture, peak 1"
-    _same_shape(images, reference)
+    _check_pictures(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return -10*error.log10()
 
 
 def ssim(
-    images: Tensor,  # (B, C, H, W) in [0, 1]
+    images: Tensor,  # (B, C, H, W) in [0, 1], at least 11 by 11
     reference: Tensor,  # the same shape
     sigma: float = 1.5,  # of the Gaussian window of 11 pixels
 ) -> Tensor:  # (B,) from -1 to 1
     "Structural similarity of each picture, as Wang et al. (2004) define it, where the window fits"
-    _same_shape(images, reference)
+    _check_pictures(images, reference)
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(f'SSIM looks through 11 by 11 pixels; the pictures are {images.shape[-2]} '
+                         f'by {images.shape[-1]}.')
     x, y = images.double(), reference.double()
     channels = x.shape[1]
     window = torch.exp(-torch.arange(-5., 6, dtype=torch.float64, device=x.device)**2/(2*sigma**2))
@@ -61,6 +70,15 @@ def _same_shape(a: Tensor, b: Tensor):
         raise ValueError(f'cannot compare {tuple(a.shape)} with {tuple(b.shape)}: the same '
                          'pictures, in the same order, are needed on both sides.')
 
+
+def _check_pictures(*sets: Tensor):
+    "Alike in shape, and from 0 to 1: what a wrong range does to a metric looks like a result"
+    for x in sets:
+        _same_shape(x, sets[0])
+        if not (x.is_floating_point() and x.min() >= 0 and x.max() <= 1):
+            raise ValueError("pictures need values from 0 to 1, as output_type='pt' gives them; "
+                             f'these are {x.dtype} from {x.min().item():g} to {x.max().item():g}.')
+
 # %% ../nbs/03_metrics.ipynb #efe9e782
 QUESTIONS = {'layout': ('one thing', 'side by side', 'one above the other'),
              'tone': tuple(TONES), 'background': BACKGROUNDS,
@@ -84,7 +102,7 @@ def answers(
         rows.append(row + [-100]*(len(QUESTIONS) - len(row)))
     return torch.tensor(rows)
 
-# %% ../nbs/03_metrics.ipynb #c54d239e
+# %% ../nbs/03_metrics.ipynb #43baaed9
 class Judge(nn.Module):
     "Answers `QUESTIONS` about a picture: convolutions, and one learned query a question"
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128)):
@@ -109,6 +127,9 @@ class Judge(nn.Module):
         images: Tensor,  # (B, 3, 64, 64) in [0, 1]
     ) -> list[Tensor]:  # one map per stage
         "What the convolutions see, from fine to coarse"
+        if images.shape[1:] != (3, 64, 64):
+            raise ValueError('the judge looks at pictures of shape (B, 3, 64, 64), not at '
+                             f'{tuple(images.shape)}.')
         x, maps = images*2 - 1, []
         for stage in self.stages: maps.append(x := stage(x))
         return maps
@@ -124,30 +145,34 @@ class Judge(nn.Module):
 
 
 def judge() -> Judge:
-    "The trained one"
+    "The trained judge that comes with the package"
     model = Judge().eval()
     model.load_state_dict(read_weights('judge'))
     return model
 
-# %% ../nbs/03_metrics.ipynb #fdacb3e3
+# %% ../nbs/03_metrics.ipynb #b016b750
 @torch.no_grad()
 def ask(
     judge: Judge,
     images: Tensor,  # (B, 3, 64, 64) in [0, 1]
     scenes: list[Scene],  # what they should show
 ) -> dict[str, Tensor]:  # (B,) each: shape, color, texture, size, relation, background, …
-    "What of a caption a picture has right, 0 to 1; swapped things are wrong in relation only"
+    "The share of a caption that a picture has right; swapped things are wrong in relation only"
+    _check_pictures(images)
+    if len(images) != len(scenes):
+        raise ValueError(f'{len(images)} pictures and {len(scenes)} scenes: one each is needed.')
     found = torch.stack([scores.argmax(1) for scores in judge(images)], 1)
     right = answers(scenes).to(found.device)
     swapped = torch.cat([found[:, :3], found[:, 7:], found[:, 3:7]], 1)
-    turn = (swapped == right).sum(1) > (found == right).sum(1)  # the other way round fits better
+    better = (swapped == right).sum(1) > (found == right).sum(1)  # the other way round
+    turn = better & (right[:, -1] >= 0)  # one thing has no other way round
     hit = (torch.where(turn[:, None], swapped, found) == right).double()
     hit = hit.masked_fill(right < 0, torch.nan)
     fields = dict.fromkeys(name.split()[0] for name in QUESTIONS)
     result = {f: hit[:, [n.startswith(f) for n in QUESTIONS]].nanmean(1) for f in fields}
     return result | {'relation': result['layout']*~turn}
 
-# %% ../nbs/03_metrics.ipynb #6a497263
+# %% ../nbs/03_metrics.ipynb #ea73659e
 @torch.no_grad()
 def perceptual(
     judge: Judge,
@@ -155,7 +180,7 @@ def perceptual(
     reference: Tensor,  # the same shape
 ) -> Tensor:  # (B,) 0 for equal pictures
     "Distance of the directions of the judge's features, mean over places, summed over stages"
-    _same_shape(images, reference)
+    _check_pictures(images, reference)
     pairs = zip(judge.features(images), judge.features(reference))
     return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
                for a, b in pairs)
@@ -165,10 +190,11 @@ def perceptual(
 def frechet(
     judge: Judge,
     images: Tensor,  # (B, 3, 64, 64) in [0, 1]; a few hundred at least
-    reference: Tensor,  # (any number, 3, 64, 64) real pictures
+    real: Tensor,  # (any number, 3, 64, 64) real pictures, never generated ones
 ) -> float:  # 0 for the same distribution
     "Fréchet distance of two sets of pictures, taking the judge's last features for normal"
-    return gaussian_distance(*(judge.features(x)[-1].mean((2, 3)) for x in (images, reference)))
+    for some in (images, real): _check_pictures(some)
+    return gaussian_distance(*(judge.features(x)[-1].mean((2, 3)) for x in (images, real)))
 
 
 def gaussian_distance(
@@ -176,6 +202,9 @@ def gaussian_distance(
     y: Tensor,  # (M, D)
 ) -> float:
     "‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two samples"
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f'{len(x)} and {len(y)} pictures: a spread needs two at least on each '
+                         'side, and an honest distance hundreds.')
     x, y = x.double(), y.double()
     a, b = x.T.cov(), y.T.cov()
     values, vectors = torch.linalg.eigh(a)
@@ -183,7 +212,7 @@ def gaussian_distance(
     cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2*cross).item()
 
-# %% ../nbs/03_metrics.ipynb #7798f547
+# %% ../nbs/03_metrics.ipynb #5cf65c2c
 def side_by_side(
     reference: Tensor,  # (B, 3, H, W) in [0, 1]
     images: Tensor,  # the same shape
@@ -200,13 +229,59 @@ def side_by_side(
     for line, (name, row) in zip(axes, rows.items()):
         line[0].set_ylabel(name, fontsize=8)
         for n, (ax, image) in enumerate(zip(line, row)):
-            ax.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
+            pixels = image.float().permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+            ax.imshow(pixels, interpolation='nearest')
             ax.set(xticks=[], yticks=[], frame_on=False)
             if titles and line is axes[0]: ax.set_title(titles[n], fontsize=8)
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/03_metrics.ipynb #67016730
+# %% ../nbs/03_metrics.ipynb #2e611f13
+def record_latents(
+    pipe,  # SD3.5, FLUX, SDXL or a ControlNet twin; of the zoo or not
+    prompts: list[str],
+    seed: int = 0,  # picture i starts from seed + i
+    **options,  # of `generate`, and through it of the pipeline's call
+) -> Tensor:  # (B, steps, …) as the pipeline shapes its latents, on the CPU
+    "The latents after each denoising step"
+    batches = []
+    def keep(pipe, step, time, given):
+        if step == 0: batches.append([])
+        batches[-1].append(given['latents'].to('cpu', copy=True))
+        return {}  # nothing to change
+    options = dict(callback_on_step_end=keep, output_type='latent') | options
+    generate(pipe, prompts, seed, **options)
+    return torch.cat([torch.stack(steps, 1) for steps in batches])
+
+
+def latent_error(
+    latents: Tensor,  # (B, steps, …) from `record_latents`
+    reference: Tensor,  # the same of the unquantized model, from the same seeds
+) -> Tensor:  # (B, steps)
+    "Relative error of the latents of each picture after each step"
+    _same_shape(latents, reference)
+    each = relative_error(latents.flatten(0, 1), reference.flatten(0, 1))
+    return each.view(latents.shape[:2])
+
+# %% ../nbs/03_metrics.ipynb #4534bbb9
+def draw_latent_error(
+    errors: dict[str, Tensor],  # name of a model → (B, steps) from `latent_error`
+):  # a Matplotlib figure
+    "Mean over pictures at each step, with the range from the best to the worst picture"
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6, 2.6))
+    ax = fig.add_subplot()
+    for name, error in errors.items():
+        done = torch.arange(1, error.shape[1] + 1)/error.shape[1]
+        line, = ax.semilogy(done, error.mean(0), lw=1.5, label=name)
+        ax.fill_between(done, error.amin(0), error.amax(0), color=line.get_color(), alpha=.15, lw=0)
+    ax.set(xlabel='part of the steps that is done', ylabel='relative error of latents')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/03_metrics.ipynb #f8a96905
 def bootstrap(
     values: Tensor,  # (B,) one value a picture
     confidence: float = .95,
@@ -214,10 +289,216 @@ def bootstrap(
     seed: int = 0,
 ) -> tuple[float, float, float]:  # mean, and the ends of its interval
     "The mean, and how far it could be off because these pictures and no others were drawn"
-    values = values.double().flatten()
+    values = values.detach().cpu().double().flatten()
     if not len(values): raise ValueError('no values: there is no mean of nothing.')
+    if odd := int((~values.isfinite()).sum()):
+        raise ValueError(f'{odd} of {len(values)} values are not finite, so their mean is not '
+                         'either: the PSNR of equal pictures is infinite, count those apart.')
     g = torch.Generator().manual_seed(seed)
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(1)
     rest = (1 - confidence)/2
     low, high = means.quantile(torch.tensor([rest, 1 - rest], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
+
+# %% ../nbs/03_metrics.ipynb #e28fd6f5
+def _optional(who: str, *names: str):  # the modules
+    "Import what only some users have"
+    try: return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        missing = (error.name or names[0]).split('.')[0]
+        raise ImportError(f"{who} needs {missing}: pip install 'segquant_nb[eval]'.") from error
+    except RuntimeError as error:
+        raise ImportError(f'{who} needs a torchvision built for torch {torch.__version__}: install '
+                          f'both together, from one index ({error}).') from error
+
+
+def _downloaded(who: str, url: str):
+    "Say where a file of weights should be, if it is not there"
+    path = Path(torch.hub.get_dir())/'checkpoints'/url.rsplit('/', 1)[1]
+    if not path.is_file():
+        raise FileNotFoundError(f'{who} needs weights that are not on this machine: download {url} '
+                                f'to {path}.')
+
+
+def _from_hub(who: str, read, name: str, **more):  # what `read` makes of it
+    "A folder, or what the cache of Hugging Face has under a name"
+    try: return read(name, local_files_only=True, **more)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f'{who} needs {name}, which is neither a folder with all its files '
+                                'nor in the cache of Hugging Face: run '
+                                f'`hf download {name}`, or name a folder.') from error
+
+
+def _eight_bits(images: Tensor) -> Tensor:  # the same in 0, 1, …, 255
+    "As the networks were trained: on files"
+    _check_pictures(images)
+    return (images*255).round().byte()
+
+
+def _one_each(images: Tensor, prompts: list[str]):
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f'{len(images)} pictures and {count} prompts: a list with one for each '
+                         'picture is needed.')
+
+# %% ../nbs/03_metrics.ipynb #f2b713e4
+class LPIPS(nn.Module):
+    "Learned perceptual distance of pictures, by torchmetrics"
+    def __init__(
+        self,
+        network: str = 'alex',  # or "vgg", "squeeze"
+    ):
+        super().__init__()
+        known = {'alex': 'AlexNet', 'vgg': 'VGG16', 'squeeze': 'SqueezeNet1_1'}
+        if network not in known:
+            raise ValueError(f'network={network!r}: LPIPS has {", ".join(known)}.')
+        vision, lpip = _optional('LPIPS', 'torchvision.models', 'torchmetrics.image.lpip')
+        _downloaded('LPIPS', getattr(vision, known[network] + '_Weights').DEFAULT.url)
+        self.network = lpip.LearnedPerceptualImagePatchSimilarity(network).net
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        reference: Tensor,  # the same shape
+    ) -> Tensor:  # (B,) 0 for equal pictures
+        _check_pictures(images, reference)
+        return self.network(images.float(), reference.float(), normalize=True).flatten()
+
+# %% ../nbs/03_metrics.ipynb #1821f77d
+class FID(nn.Module):
+    "Fréchet inception distance to real pictures, on torch-fidelity's Inception"
+    def __init__(self):
+        super().__init__()
+        module, = _optional('FID', 'torch_fidelity.feature_extractor_inceptionv3')
+        _downloaded('FID', module.URL_INCEPTION_V3)
+        self.inception = module.FeatureExtractorInceptionV3('inception-v3-compat', ['2048'])
+
+    @torch.no_grad()
+    def features(
+        self,
+        images: Tensor | Iterable[Tensor],  # (B, 3, H, W) in [0, 1], or batches of that shape
+        batch: int = 32,  # pictures at once, if it is a tensor
+    ) -> Tensor:  # (all, 2048)
+        "What the network sees in each picture"
+        device = next(self.inception.parameters()).device
+        batches = images.split(batch) if isinstance(images, Tensor) else images
+        return torch.cat([self.inception(_eight_bits(b).to(device))[0] for b in batches])
+
+    def forward(
+        self,
+        images: Tensor | Iterable[Tensor],  # generated, as for `features`
+        real: Tensor | Iterable[Tensor],  # real ones, never generated: then it is not FID
+    ) -> float:
+        return gaussian_distance(self.features(images), self.features(real))
+
+# %% ../nbs/03_metrics.ipynb #d41f8bb2
+class CLIPScore(nn.Module):
+    "100 times the cosine of picture and prompt, by the CLIP of transformers"
+    def __init__(
+        self,
+        model: str = 'openai/clip-vit-large-patch14',  # a name in the cache, or a folder
+    ):
+        from transformers import CLIPModel, CLIPProcessor
+        super().__init__()
+        read = CLIPProcessor.from_pretrained  # Pillow resizes as in CLIP, torchvision not quite
+        self.processor = _from_hub('CLIPScore', read, model, backend='pil')
+        self.clip = _from_hub('CLIPScore', CLIPModel.from_pretrained, model).eval()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        prompts: list[str],  # one for each picture; what is too long for CLIP is cut off
+    ) -> Tensor:  # (B,) from 0 to 100
+        _one_each(images, prompts)
+        inputs = self.processor(text=prompts, images=list(_eight_bits(images).cpu()), padding=True,
+                                truncation=True, return_tensors='pt')
+        found = self.clip(**inputs.to(self.clip.device))
+        return 100*F.cosine_similarity(found.image_embeds, found.text_embeds).clamp(min=0)
+
+# %% ../nbs/03_metrics.ipynb #05bbdfff
+def _vision(state: dict[str, Tensor]) -> nn.Module:  # a transformers.BlipVisionModel
+    "The vision transformer of a BLIP checkpoint"
+    from transformers import BlipVisionConfig, BlipVisionModel
+    new_names = {'cls_token': 'embeddings.class_embedding', 'blocks': 'encoder.layers',
+                 'pos_embed': 'embeddings.position_embedding', 'attn.qkv': 'self_attn.qkv',
+                 'patch_embed.proj': 'embeddings.patch_embedding', '.norm': '.layer_norm',
+                 'attn.proj': 'self_attn.projection'}
+    def renamed(name):
+        for old, new in new_names.items(): name = name.replace(old, new)
+        return 'post_layer' + name if name.startswith('norm.') else name
+    width, _, patch, _ = state['patch_embed.proj.weight'].shape
+    model = BlipVisionModel(BlipVisionConfig(
+        hidden_size=width, intermediate_size=4*width, num_attention_heads=width//64,
+        num_hidden_layers=sum(k.endswith('.attn.qkv.bias') for k in state), patch_size=patch,
+        image_size=patch*round((state['pos_embed'].shape[1] - 1)**.5), layer_norm_eps=1e-6))
+    model.load_state_dict({renamed(k): v for k, v in state.items()})
+    return model.eval()
+
+
+def _reader(state: dict[str, Tensor]) -> nn.Module:  # a transformers.BlipTextModel
+    "The text encoder of a BLIP checkpoint, which looks at a picture while it reads"
+    from transformers import BlipTextConfig, BlipTextModel
+    words, width = state['embeddings.word_embeddings.weight'].shape
+    places = [k for k in state if k.endswith('crossattention.self.key.weight')]
+    model = BlipTextModel(BlipTextConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=4*width,
+        num_attention_heads=width//64, num_hidden_layers=len(places),
+        encoder_hidden_size=state[places[0]].shape[1],
+        max_position_embeddings=len(state['embeddings.position_embeddings.weight'])),
+        add_pooling_layer=False)
+    model.load_state_dict({k: v for k, v in state.items() if k != 'embeddings.position_ids'})
+    return model.eval()
+
+
+def _head(state: dict[str, Tensor]) -> nn.Module:
+    "The linear layers of an ImageReward checkpoint, with nothing in between"
+    layers = {k.split('.')[0]: v.shape for k, v in state.items() if k.endswith('weight')}
+    model = nn.Sequential(OrderedDict((k, nn.Linear(i, o)) for k, (o, i) in layers.items()))
+    model.load_state_dict(state)
+    return model
+
+# %% ../nbs/03_metrics.ipynb #31d537da
+class ImageReward(nn.Module):
+    "How much people would like a picture for a prompt, by the BLIP of transformers"
+    def __init__(
+        self,
+        checkpoint: str | Path | None = None,  # ImageReward.pt; None: from the Hugging Face cache
+        tokenizer: str = 'google-bert/bert-base-uncased',  # a name in the cache, or a folder
+    ):
+        from huggingface_hub import hf_hub_download
+        from transformers import BertTokenizer, CLIPImageProcessorPil
+        super().__init__()
+        if checkpoint is None:
+            checkpoint = _from_hub('ImageReward', hf_hub_download, 'THUDM/ImageReward',
+                                   filename='ImageReward.pt')
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(f'{checkpoint} is not there: leave it out, and run '
+                                    '`hf download THUDM/ImageReward ImageReward.pt`.')
+        weights = torch.load(checkpoint, map_location='cpu', weights_only=True)
+        parts = [{k.removeprefix(p): v for k, v in weights.items() if k.startswith(p)}
+                 for p in ('blip.visual_encoder.', 'blip.text_encoder.', 'mlp.layers.')]
+        if not all(parts):
+            raise ValueError(f'{checkpoint} is not the checkpoint of ImageReward: it lacks a '
+                             'visual_encoder, a text_encoder or an mlp.')
+        self.vision, self.text, self.head = (f(p) for f, p in zip((_vision, _reader, _head), parts))
+        self.tokenizer = _from_hub('ImageReward', BertTokenizer.from_pretrained, tokenizer)
+        side = self.vision.config.image_size
+        self.processor = CLIPImageProcessorPil(size={'shortest_edge': side},
+                                               crop_size={'height': side, 'width': side})
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        prompts: list[str],  # one for each picture; the first 35 tokens count
+    ) -> Tensor:  # (B,)
+        _one_each(images, prompts)
+        words = self.tokenizer(prompts, padding='max_length', truncation=True, max_length=35,
+                               return_tensors='pt').to(self.vision.device)
+        pixels = self.processor(list(_eight_bits(images).cpu()), return_tensors='pt').pixel_values
+        seen = self.vision(pixels.to(self.vision.device)).last_hidden_state
+        read = self.text(words.input_ids, words.attention_mask, encoder_hidden_states=seen)
+        score = self.head(read.last_hidden_state[:, 0]).flatten()
+        return (score - .16717362830052426)/1.0333394966054072  # of the authors' training pictures

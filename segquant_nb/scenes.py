@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'TEXTURES', 'SIZES', 'RELATIONS', 'TONES', 'BACKGROUNDS', 'SIDE', 'SYNONYMS', 'Thing', 'Scene',
            'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'scene_table', 'draw_table', 'edges',
-           'scene_batch']
+           'edge_overlap', 'scene_batch']
 
 # %% ../nbs/01_scenes.ipynb #7b676d86
 import random
@@ -227,6 +227,18 @@ def edges(
     pixels = (images*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     found = [torch.from_numpy(cv2.Canny(cv2.GaussianBlur(p, (3, 3), 0), low, high)) for p in pixels]
     return (torch.stack(found)[:, None] > 0).to(images).expand(-1, 3, -1, -1)
+
+# %% ../nbs/01_scenes.ipynb #b5929c48
+def edge_overlap(
+    found: Tensor,  # (B, 3, H, W) from `edges`
+    wanted: Tensor,  # the same
+) -> Tensor:  # (B,) F-scores, 1 where both are the same
+    "How much of each edge map lies within a pixel of the other"
+    def near(a, b):
+        wide = torch.nn.functional.max_pool2d(b, 3, 1, 1)
+        return ((a*wide).sum((1, 2, 3)) + 1e-9)/(a.sum((1, 2, 3)) + 1e-9)
+    precision, recall = near(found, wanted), near(wanted, found)
+    return 2*precision*recall/(precision + recall)
 
 # %% ../nbs/01_scenes.ipynb #12977bdc
 def scene_batch(
