@@ -3,12 +3,7 @@
 //
 // Everything here also compiles for the host, so that the tests can check it without a GPU.
 #pragma once
-
-#ifdef __CUDACC__
-#define SQ_INLINE __device__ __forceinline__
-#else
-#define SQ_INLINE static inline
-#endif
+#include "common/device.cuh"
 
 // Bytes of the result picked out of the eight bytes of (high:low), one selector nibble each.
 SQ_INLINE unsigned int pick_bytes(unsigned int low, unsigned int high, unsigned int selector) {

@@ -1,0 +1,24 @@
+// Where things lie. Everything here also compiles for the host, for the tests.
+#pragma once
+#include "common/device.cuh"
+
+// Rows of 128 bytes in shared memory, swizzled as the copy engine does it: 16-byte chunk c of row r lies at
+// chunk c ^ (r % 8), so that eight rows of one chunk hit all banks. The first row is at a multiple of 1024.
+SQ_INLINE uint32 swizzled(uint32 row, uint32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// How wgmma is told of such rows. `address` may be inside the first one, at a multiple of 32.
+// Bits 0-13: the address / 16; bits 32-45: the distance of two groups of eight rows / 16; bit 62: this swizzle.
+SQ_INLINE uint64 swizzled_rows(uint32 address) { return 1ull << 62 | 64ull << 32 | address >> 4; }
+
+struct Tile {
+    int m, n;
+};
+
+// Which tile of y is worked on as number `index`. What runs at the same time should share rows of x and of w
+// while those are in L2: hence bands of `band` tiles of M, and M fastest inside a band.
+SQ_INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int band) {
+    const int first = index / (band * tiles_n) * band;
+    const int rows = tiles_m - first < band ? tiles_m - first : band;
+    const int inside = index - first * tiles_n;
+    return {first + inside % rows, inside / rows};
+}

@@ -1,0 +1,157 @@
+"""A GPU without a GPU: the kernels of cuda_src, built by the host's C++ compiler and run on CPU tensors.
+
+    with emulated_gpu() as gpu:
+        y = ...          # everything that launches a kernel works on CPU tensors
+    gpu.launches         # what was launched
+
+It stands in for CuPy, so that the package's own checks, compile options, grids and arguments are
+what runs. `emulate.h` says what it is strict about.
+"""
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+import segquant_nb.cuda as cuda
+
+HERE = Path(__file__).resolve().parent
+COMPILER = next(filter(None, map(shutil.which, ('c++', 'g++', 'clang++'))), None)
+FLAGS = ['-std=c++17', '-O1', '-ffp-contract=off', '-fno-strict-aliasing', '-U_FORTIFY_SOURCE', '-Wall', '-Wno-unknown-pragmas',
+         '-Wno-unused-function', '-Wno-unused-variable', '-shared', '-fPIC']
+ENTRY = '''
+#include "{source}"
+extern "C" int emulate_run(void** arguments, const unsigned* grid, const unsigned* block, size_t shared, unsigned long long seed, int early) {{
+    emulate::machine.random = seed;
+    emulate::machine.early_copies = early;
+    return emulate::launch({function}, arguments, {{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, shared);
+}}
+extern "C" int emulate_sizes(int* sizes) {{ return emulate::argument_sizes({function}, sizes); }}
+extern "C" const char* emulate_error() {{ return emulate::machine.error; }}
+'''
+
+
+@dataclass
+class Launch:
+    "One kernel launch, as CuPy would have seen it"
+    function: str
+    options: tuple
+    grid: tuple
+    block: tuple
+    arguments: tuple
+    shared: int
+
+
+def build(name: str, text: str, headers: dict, options: tuple, function: str) -> ctypes.CDLL:
+    "The source as a host library; kept in the temporary folder under a name made of what went in"
+    assert COMPILER, 'the emulation needs a C++ compiler: c++, g++ or clang++'
+    defines = [o for o in options if o.startswith('-D')]
+    emulator = (HERE/'emulate.h').read_text()
+    key = json.dumps([name, text, headers, defines, function, emulator, ENTRY, FLAGS, COMPILER])
+    folder = Path(tempfile.gettempdir())/f'segquant-emulation-{os.getuid()}'/hashlib.sha256(key.encode()).hexdigest()[:20]
+    library = folder/'kernel.so'
+    if not library.exists():
+        for path, content in {**headers, name: text}.items():
+            (folder/path).parent.mkdir(parents=True, exist_ok=True)
+            (folder/path).write_text(content)
+        (folder/'entry.cpp').write_text(ENTRY.format(source=name, function=function))
+        fresh = folder/f'{os.getpid()}.so'
+        done = subprocess.run([COMPILER, *FLAGS, *defines, '-include', HERE/'emulate.h', f'-I{folder}', '-o', fresh, folder/'entry.cpp'],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f'{name} does not compile for the host:\n{done.stderr}')
+        fresh.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def as_argument(value):
+    "What CuPy makes of a Python or NumPy value"
+    if isinstance(value, np.generic | np.ndarray): return np.ascontiguousarray(value)
+    if value is None: return np.zeros((), np.uint64)
+    return np.asarray(value, {bool: np.bool_, int: np.int64, float: np.float64}[type(value)])
+
+
+class Gpu:
+    "What the emulated CuPy shares"
+    def __init__(self, seed: int = 0, early_copies: bool = False, run: bool = True):
+        self.seed, self.early_copies, self.run = seed, early_copies, run
+        self.launches: list[Launch] = []
+        self.max_shared = 227*1024
+
+    def launch(self, program: dict, function: str, grid, block, arguments, shared):
+        self.launches.append(Launch(function, tuple(program['options']), grid, block, arguments, shared))
+        assert len(grid) <= 3 and 1 <= min(grid) and grid[0] < 2**31 and max((*grid[1:], 1)) < 2**16, f'grid {grid}'
+        assert len(block) <= 3 and 1 <= np.prod(block) <= 1024, f'block {block}'
+        if not self.run: return
+        library = build(program['name'], program['text'], program['headers'], tuple(program['options']), function)
+        values = [as_argument(a) for a in arguments]
+        sizes = (ctypes.c_int*64)()
+        wanted = list(sizes[:library.emulate_sizes(sizes)])
+        assert [v.nbytes for v in values] == wanted, f'{function}: arguments of {[v.nbytes for v in values]} bytes, the kernel takes {wanted}'
+        pointers = (ctypes.c_void_p*len(values))(*[v.ctypes.data for v in values])
+        three = [(ctypes.c_uint*3)(*(*dims, 1, 1)[:3]) for dims in (grid, block)]
+        library.emulate_error.restype = ctypes.c_char_p
+        if library.emulate_run(pointers, *three, ctypes.c_size_t(shared), ctypes.c_ulonglong(2*self.seed + 1), int(self.early_copies)):
+            raise RuntimeError(f'{function}: {library.emulate_error().decode()}')
+        self.seed += 1
+
+    def cupy(self):
+        "The part of CuPy that the package uses"
+        programs = {}
+
+        def create(text, name, headers, names):
+            programs[len(programs) + 1] = dict(text=text, name=name, headers={n.decode(): h.decode() for n, h in zip(names, headers)})
+            return len(programs)
+
+        class RawModule:
+            def __init__(module, path): module.program = json.loads(Path(path).read_text())
+            def get_function(module, function): return RawKernel(module.program, function)
+
+        class RawKernel:
+            max_dynamic_shared_size_bytes = 48*1024
+
+            def __init__(kernel, program, function): kernel.program, kernel.function = program, function
+
+            def __call__(kernel, grid, block, arguments, shared_mem=0):
+                assert shared_mem <= min(kernel.max_dynamic_shared_size_bytes, self.max_shared), f'{shared_mem} bytes of shared memory'
+                self.launch(kernel.program, kernel.function, grid, block, arguments, shared_mem)
+
+        class Context:
+            def __init__(*_): pass
+            def __enter__(self): return self
+            def __exit__(*_): pass
+
+        nvrtc = SimpleNamespace(
+            getVersion=lambda: (13, 0), createProgram=create, getProgramLog=lambda i: '', destroyProgram=lambda i: None,
+            compileProgram=lambda i, options: programs[i].update(options=list(options)), getCUBIN=lambda i: json.dumps(programs[i]).encode())
+        runtime = SimpleNamespace(driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000)
+        return SimpleNamespace(__version__='14.2.0', RawModule=RawModule,
+                               cuda=SimpleNamespace(nvrtc=nvrtc, runtime=runtime, Device=Context, ExternalStream=Context))
+
+
+@contextmanager
+def emulated_gpu(seed: int = 0, early_copies: bool = False, run: bool = True, capability: tuple[int, int] = (8, 0),
+                 processors: int = 108):
+    "Inside, kernels launch on CPU tensors; `run=False` only records"
+    gpu = Gpu(seed, early_copies, run)
+    with (tempfile.TemporaryDirectory() as cache, mock.patch.dict(sys.modules, cupy=gpu.cupy()), mock.patch.dict(os.environ, XDG_CACHE_HOME=cache),
+          mock.patch.multiple(cuda, _DEVICE='cpu', cuda_problem=lambda *_: None, _stream=lambda device: 0, _on=lambda device: nullcontext(), _capability=lambda device: capability,
+                              _processors=lambda device: processors)):
+        cuda.get_kernel.cache_clear()
+        cuda._cupy_stream.cache_clear()
+        try:
+            yield gpu
+        finally:
+            cuda.get_kernel.cache_clear()
+            cuda._cupy_stream.cache_clear()

@@ -1,0 +1,157 @@
+"""What happens around a kernel: checks, compile options, caches, arguments, messages; CuPy is a recording stand-in."""
+import os
+import re
+import sys
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from emulate import emulated_gpu
+
+import segquant_nb.cuda as cuda
+from segquant_nb.codes import PackedColumns, quantize_cuda
+from segquant_nb.gemm import pick_tile, w8a8_sm80
+
+
+def layer(M=70, N=40, K=128, terms=1):
+    g = torch.Generator().manual_seed(0)
+    def codes(rows): return torch.randint(-127, 128, (rows, K), dtype=torch.int8, generator=g)
+    return dict(codes=codes(M), weight=codes(N), scale_x=torch.rand(terms, M, generator=g), scale_w=torch.rand(N, generator=g))
+
+
+def test_a_launch_passes_addresses_and_plain_numbers():
+    given = layer()
+    with emulated_gpu(run=False) as gpu: y = w8a8_sm80(**given, bias=torch.ones(40))
+    [launch] = gpu.launches
+    assert launch.function == 's8_gemm' and launch.grid == (2,) and launch.block == (128,) and launch.shared == 128*64*4
+    assert launch.options[0] == '-arch=sm_80' and {'-DDUAL=0', '-DSEGMENTED=0', '-DBM=64', '-DOUTPUT=0'} <= set(launch.options)
+    assert not any('ftz' in o or 'fast' in o for o in launch.options)
+    pointers = [a for a in launch.arguments if isinstance(a, np.uint64)]
+    assert pointers[:4] == [np.uint64(t.data_ptr()) for t in (given['codes'], given['weight'], y, given['scale_x'])]
+    assert [int(a) for a in launch.arguments if isinstance(a, np.int32)] == [70, 0, 70, 40, 128, 1]
+    assert all(isinstance(a, np.uint64 | np.int32) for a in launch.arguments)
+
+
+def test_a_kernel_is_compiled_once_and_loaded_once(tmp_path):
+    x, columns = torch.randn(5, 64), PackedColumns((64,))
+    compiled = []
+    with emulated_gpu(run=False) as gpu:
+        stub = sys.modules['cupy']
+        create = stub.cuda.nvrtc.createProgram
+        stub.cuda.nvrtc.createProgram = lambda *args: compiled.append(args[1]) or create(*args)
+        for _ in range(3): quantize_cuda(x, columns)
+        assert len(compiled) == 1 and len(gpu.launches) == 3
+        cuda.get_kernel.cache_clear()  # a new process finds the file
+        quantize_cuda(x, columns)
+        assert len(compiled) == 1
+        quantize_cuda(x, columns, dual=True)  # other options, other code
+        assert len(compiled) == 2
+        cuda.get_kernel.cache_clear()
+        with mock.patch.object(cuda, 'cuda_sources', lambda s=cuda.cuda_sources(): s | {'common/device.cuh': s['common/device.cuh'] + '\n'}):
+            quantize_cuda(x, columns)  # a changed header, other code
+        assert len(compiled) == 3
+        files = os.listdir(os.path.join(os.environ['XDG_CACHE_HOME'], 'segquant_nb'))
+        assert len(files) == 3 and all(f.endswith('.cubin') for f in files)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_no_obstacle(tmp_path):
+    (tmp_path/'file').write_text('')
+    with emulated_gpu(run=False) as gpu, mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path/'file')):
+        quantize_cuda(torch.randn(5, 64), PackedColumns((64,)))
+    assert len(gpu.launches) == 1
+
+
+def test_hopper_is_asked_for_by_its_full_name():
+    for capability, arch in (((8, 0), 'sm_80'), ((8, 9), 'sm_89'), ((9, 0), 'sm_90a'), ((12, 0), 'sm_120')):
+        with emulated_gpu(run=False, capability=capability) as gpu:
+            quantize_cuda(torch.randn(2, 64), PackedColumns((64,)))
+        assert gpu.launches[0].options[0] == f'-arch={arch}'
+
+
+def test_debug_tells_shape_path_and_options(monkeypatch, capsys):
+    monkeypatch.setenv('SEGQUANT_DEBUG', '1')
+    with emulated_gpu(): w8a8_sm80(**layer())
+    told = capsys.readouterr().err
+    for part in ('mma/sm80_s8_gemm.cu', 's8_gemm', 'DUAL=0', '(70, 128) int8', '(40, 128) int8', 'grid (2,)'): assert part in told
+    monkeypatch.setenv('SEGQUANT_DEBUG', '0')
+    with emulated_gpu(): w8a8_sm80(**layer())
+    assert not capsys.readouterr().err
+
+
+def test_nothing_to_do_launches_nothing():
+    with emulated_gpu(run=False) as gpu:
+        assert w8a8_sm80(**layer(M=0)).shape == (0, 40)
+        assert quantize_cuda(torch.randn(0, 64), PackedColumns((64,))).codes.shape == (0, 64)
+        assert cuda.unpack_int4_cuda(torch.zeros(0, 16, dtype=torch.uint8)).shape == (0, 32)
+    assert not gpu.launches
+
+
+def test_a_refused_call_launches_nothing_and_writes_nothing():
+    given = layer()
+    before = {k: v.clone() for k, v in given.items()}
+    wrong = [dict(codes=given['codes'].float()), dict(codes=given['codes'].t().contiguous().t()), dict(codes=given['codes'][:, :100].contiguous()),
+             dict(weight=given['weight'].flatten()[1:1 + 39*128].view(39, 128)), dict(scale_x=torch.ones(3, 70)), dict(scale_w=torch.ones(41)),
+             dict(scale_w=torch.ones(40).half()), dict(bias=torch.ones(40, 1)), dict(dtype=torch.int8), dict(codes=given['codes'].to('meta')),
+             dict(columns=PackedColumns((64, 64, 64))), dict(dual=True), dict(codes=[1])]
+    with emulated_gpu() as gpu:
+        for change in wrong:
+            with pytest.raises((TypeError, ValueError)) as error: w8a8_sm80(**{**given, **change})
+            assert str(error.value).endswith('.') and '\n' not in str(error.value)
+    assert not gpu.launches and all(torch.equal(given[k], before[k]) for k in given)
+
+
+def test_tensors_on_a_cpu_are_refused_without_the_stand_in():
+    with pytest.raises(ValueError, match='codes is on cpu, kernels run on cuda'): w8a8_sm80(**layer())
+    with pytest.raises(ValueError, match='x is on cpu, kernels run on cuda'): quantize_cuda(torch.randn(5, 64), PackedColumns((64,)))
+
+
+@pytest.mark.parametrize('changed, said', [
+    (dict(hip='6.0'), 'AMD'), (dict(available=False), 'sees no NVIDIA GPU'), (dict(capability=(7, 5)), 'compute capability 7.5'),
+    (dict(cupy=None), 'CuPy cannot be imported.*cuda13'), (dict(runtime=12090), 'built for CUDA 12, PyTorch for CUDA 13.*cuda13'),
+    (dict(driver=12080), 'driver knows CUDA 12.*update'), (dict(nvrtc=OSError('libnvrtc.so.13: cannot open')), 'finds no NVRTC.*libnvrtc.so.13.*cuda13')])
+def test_what_is_missing_is_said_in_a_sentence_with_the_mend(changed, said, monkeypatch):
+    state = dict(hip=None, available=True, capability=(9, 0), runtime=13000, driver=13000, nvrtc=None) | changed
+
+    def version():
+        if state['nvrtc']: raise state['nvrtc']
+        return 13, 0
+
+    numbers = SimpleNamespace(runtimeGetVersion=lambda: state['runtime'], driverGetVersion=lambda: state['driver'])
+    stub = SimpleNamespace(__version__='14.2.0', cuda=SimpleNamespace(runtime=numbers, nvrtc=SimpleNamespace(getVersion=version)))
+    monkeypatch.setitem(sys.modules, 'cupy', changed.get('cupy', stub))
+    monkeypatch.setattr(torch.version, 'hip', state['hip'])
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: state['available'])
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: state['capability'])
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d=None: 'Some GPU')
+    problem = cuda.cuda_problem()
+    assert re.search(said, problem) and '\n' not in problem and problem.endswith('.')
+    with pytest.raises(RuntimeError, match=said): cuda.get_kernel('x.cu', 'x', torch.device('cuda', 0))
+    monkeypatch.undo()
+
+
+def test_all_is_well_says_nothing(monkeypatch):
+    with emulated_gpu(): assert cuda.cuda_problem() is None
+
+
+def test_two_threads_may_ask_for_the_same_kernel():
+    x, columns, failures = torch.randn(5, 64), PackedColumns((64,)), []
+
+    def ask():
+        try: quantize_cuda(x, columns)
+        except Exception as e: failures.append(e)
+
+    with emulated_gpu(run=False) as gpu:
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert not failures and len(gpu.launches) == 8
+
+
+@pytest.mark.parametrize('M, N, crowded, processors, rows', [(1, 9216, 0, 132, 16), (16, 64, 1, 132, 16), (17, 64, 0, 132, 64),
+                                                              (4096, 3072, 0, 132, 128), (4096, 3072, 1, 132, 128), (77, 640, 0, 132, 64)])
+def test_the_tile_fits_the_shape(M, N, crowded, processors, rows):
+    assert pick_tile(M, N, bool(crowded), processors)[0] == rows

@@ -1,0 +1,175 @@
+"""The Hopper product without a Hopper: its layouts compiled for the host, its launches recorded, its registers counted."""
+import ctypes
+import os
+import random
+import shutil
+import struct
+import subprocess
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulate import emulated_gpu
+
+import segquant_nb.hopper_gemm as hopper_gemm
+from segquant_nb.codes import PackedColumns
+from segquant_nb.cuda import cuda_src_dir, kernel_cost
+from segquant_nb.hopper_gemm import HopperTile, hopper_tiles, pick_hopper_tile, w8a8_sm90
+
+COMPILER = next(filter(None, map(shutil.which, ('c++', 'g++', 'clang++'))), None)
+NVCC = shutil.which('nvcc')
+
+SOURCE = '''
+#include "wgmma/layout.cuh"
+extern "C" unsigned swizzle(unsigned row, unsigned chunk) { return swizzled(row, chunk); }
+extern "C" unsigned long long describe(unsigned address) { return swizzled_rows(address); }
+extern "C" void tiles(int tiles_m, int tiles_n, int band, int* out) {
+    for (int i = 0; i < tiles_m * tiles_n; ++i) {
+        Tile tile = tile_at(i, tiles_m, tiles_n, band);
+        out[2 * i] = tile.m, out[2 * i + 1] = tile.n;
+    }
+}
+'''
+
+
+@pytest.fixture(scope='module')
+def layout(tmp_path_factory):
+    if COMPILER is None and 'CI' not in os.environ: pytest.skip('no C++ compiler on this machine (c++, g++ or clang++)')
+    folder = tmp_path_factory.mktemp('layout')
+    (folder/'layout.cpp').write_text(SOURCE)
+    subprocess.run([COMPILER, '-std=c++17', '-O1', '-Wall', '-Werror', '-shared', '-fPIC', f'-I{cuda_src_dir()}',
+                    '-o', folder/'layout.so', folder/'layout.cpp'], check=True)
+    library = ctypes.CDLL(str(folder/'layout.so'))
+    library.describe.restype = ctypes.c_ulonglong
+    return library
+
+
+def test_swizzle_is_a_permutation_without_bank_conflicts(layout):
+    places = [[layout.swizzle(row, chunk) for chunk in range(8)] for row in range(32)]
+    assert sorted(sum(places, [])) == list(range(0, 32*128, 16))
+    for chunk in range(8):
+        for first in range(0, 32, 8):
+            assert len({places[first + r][chunk]//16 % 8 for r in range(8)}) == 8
+    assert places[3][5] == 3*128 + (5 ^ 3)*16
+
+
+def test_descriptor_has_address_stride_and_swizzle(layout):
+    for address in (0, 1024, 1024 + 96, 230400):
+        word = layout.describe(address)
+        assert word & 0x3fff == address//16 and word >> 32 & 0x3fff == 1024//16 and word >> 62 == 1
+        assert word & ~(0x3fff | 0x3fff << 32 | 3 << 62) == 0
+
+
+def test_bands_visit_every_tile_once(layout):
+    rng = random.Random(0)
+    for _ in range(200):
+        m, n, band = rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 20)
+        out = (ctypes.c_int*(2*m*n))()
+        layout.tiles(m, n, band, out)
+        tiles = list(zip(out[::2], out[1::2]))
+        assert sorted(tiles) == [(i, j) for i in range(m) for j in range(n)]
+        assert [i//band for i, _ in tiles] == sorted(i//band for i, _ in tiles)
+        assert tiles[:min(m, band)] == [(i, 0) for i in range(min(m, band))]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    "A driver that keeps what it is asked to encode"
+    asked = []
+
+    def encode(target, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
+        asked.append(dict(kind=kind, rank=rank, address=address.value, sizes=list(sizes), strides=list(strides), box=list(box)))
+        assert target.value % 64 == 0 and swizzle == 3 and list(steps) == [1, 1]
+        ctypes.memset(target, len(asked), 128)
+        return 0
+
+    monkeypatch.setattr(hopper_gemm, '_driver', lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    hopper_gemm.tensor_map.cache_clear()
+    yield asked
+    hopper_gemm.tensor_map.cache_clear()
+
+
+def call(rng, dtype):
+    "Arguments of random shapes"
+    M, N = rng.randint(1, 700), rng.randint(1, 90)*8
+    sizes = tuple(rng.randint(1, 200) for _ in range(rng.choice((1, 1, 2, 5))))
+    columns, dual = PackedColumns(sizes), rng.random() < .5
+    codes, weight = (torch.zeros(rows, columns.width, dtype=torch.int8) for rows in (M, N))
+    given = dict(codes=codes, weight=weight, scale_x=torch.ones(len(sizes)*(1 + dual), rng.choice((1, M))), columns=columns,
+                 scale_w=torch.ones(N) if rng.random() < .5 else torch.ones(len(sizes), N), dual=dual, dtype=dtype)
+    if rng.random() < .5: given['bias'] = torch.zeros(N)
+    if dual and rng.random() < .5: given['duals'] = tuple(rng.random() < .5 for _ in sizes)
+    if rng.random() < .3:
+        given |= dict(residual=torch.zeros(M, N, dtype=dtype), gate=torch.zeros(rng.choice([d for d in (1, 2, 3) if M % d == 0]), N))
+    return given
+
+
+def test_launches_of_random_shapes(driver):
+    rng = random.Random(1)
+    for _ in range(60):
+        dtype = rng.choice((torch.bfloat16, torch.float16, torch.float32))
+        given = call(rng, dtype)
+        driver.clear()
+        hopper_gemm.tensor_map.cache_clear()
+        with emulated_gpu(run=False, capability=(9, 0)) as gpu: y = w8a8_sm90(**given)
+        (M, K), N, segments = given['codes'].shape, len(given['weight']), len(given['columns'].sizes)
+        assert y.shape == (M, N) and y.dtype == dtype
+        launch, = gpu.launches
+        options = dict(o[2:].split('=') for o in launch.options if o.startswith('-D'))
+        columns, consumers, stages = (int(options[n]) for n in ('BN', 'CONSUMERS', 'STAGES'))
+        tile = HopperTile(columns, consumers)
+        kind = given['dual'], segments > 1, 'residual' in given
+        assert tile in hopper_tiles(*kind) and [int(options[n]) for n in ('DUAL', 'SEGMENTED', 'RESIDUAL')] == [*map(int, kind)]
+        assert stages == tile.stages >= 3 and launch.shared == tile.shared <= 227*1024 and launch.block == (128*(consumers + 1),)
+        # what struct Shared in the source takes
+        boxes = (1 if consumers == 3 else 2)*4*consumers*2048
+        assert launch.shared >= stages*(64*consumers + columns)*128 + boxes + 2*columns*4 + 16*(stages + 2)
+        x_map, w_map, y_map = driver
+        assert x_map == dict(kind=0, rank=2, address=given['codes'].data_ptr(), sizes=[K, M], strides=[K], box=[128, tile.rows])
+        assert w_map == dict(kind=0, rank=2, address=given['weight'].data_ptr(), sizes=[K, N], strides=[K], box=[128, columns])
+        item = dtype.itemsize
+        assert y_map == dict(kind={2: 1, 4: 2}[item], rank=2, address=y.data_ptr(), sizes=[N, M], strides=[N*item], box=[128//item, 16])
+        assert [bytes(a.tobytes())[:1] for a in launch.arguments[:3]] == [b'\1', b'\2', b'\3']
+        numbers = struct.unpack('10i', launch.arguments[3].tobytes())
+        tiles_m, tiles_n = -(-M//tile.rows), -(-N//columns)
+        assert launch.grid == (min(tiles_m*tiles_n, 108),)
+        gate = given.get('gate')
+        assert numbers == (M, N, -(-K//128), tiles_m, tiles_n, given['scale_x'].shape[1], segments,
+                           N if given['scale_w'].ndim == 2 else 0, 1 if gate is None else M//len(gate), 2048//tile.rows)
+        assert [int(a) != 0 for a in launch.arguments[4:]] == [True, True, 'bias' in given, True, 'duals' in given,
+                                                               'gate' in given, 'residual' in given]
+
+
+def test_empty_results_need_no_launch(driver):
+    with emulated_gpu(run=False, capability=(9, 0)) as gpu:
+        y = w8a8_sm90(torch.zeros(0, 64, dtype=torch.int8), torch.zeros(8, 64, dtype=torch.int8), torch.ones(1, 1), torch.ones(8))
+    assert y.shape == (0, 8) and not gpu.launches
+
+
+def test_an_encoding_that_the_driver_refuses_is_an_error(monkeypatch):
+    monkeypatch.setattr(hopper_gemm, '_driver', lambda: SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1))
+    with pytest.raises(RuntimeError, match='error 1 for 3 rows of 256 bytes'): hopper_gemm.tensor_map(4096, 1, 3, 256, 64, 128)
+
+
+@pytest.mark.parametrize('dual,segmented,residual', [*product((False, True), repeat=3)])
+def test_the_picked_tile_fits(dual, segmented, residual):
+    for tile in hopper_tiles(dual, segmented, residual):
+        assert tile.shared <= 227*1024 < tile.shared + tile.rows*128 + tile.columns*128 or tile.stages == 8
+        assert 128*(tile.consumers + 1)*{1: 256, 2: 168, 3: 128}[tile.consumers] <= 65536
+    for M, N in product((1, 77, 333, 512, 4096, 4608), (64, 640, 2432, 12288)):
+        assert pick_hopper_tile(M, N, dual, segmented, residual) in hopper_tiles(dual, segmented, residual)
+
+
+@pytest.mark.skipif(NVCC is None, reason='no nvcc on this machine')
+@pytest.mark.parametrize('kind', [(False, False, False), (True, False, False), (False, True, False), (True, True, True)])
+def test_the_largest_tiles_do_not_spill(kind, tmp_path):
+    tile = max(hopper_tiles(*kind), key=lambda t: (t.columns, t.consumers == 2))
+    defines = [f'-D{k}={int(v)}' for k, v in hopper_gemm._defines(tile, torch.bfloat16, *kind).items()]
+    done = subprocess.run([NVCC, '-gencode=arch=compute_90a,code=sm_90a', '-std=c++17', '-cubin', '-Xptxas', '-v', f'-I{cuda_src_dir()}',
+                           *defines, '-o', tmp_path/'kernel.cubin', cuda_src_dir()/'wgmma/sm90_s8_gemm.cu'],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Performance Loss' not in done.stderr, done.stderr
+    cost = kernel_cost(done.stderr)
+    assert cost.spilled == 0 and cost.registers <= {1: 255, 2: 168, 3: 128}[tile.consumers], cost
