@@ -1,0 +1,193 @@
+"""Which kernel runs, and that it is the layer that runs: GPU paths on emulated kernels, CPU paths as they are."""
+import copy
+import pickle
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+import torch._inductor.compile_fx  # now: `emulated_gpu` forgets what is imported inside it
+import torch.nn.functional as F
+from emulate import COMPILER, emulated_gpu
+from torch import nn
+
+from segquant_nb import ops
+from segquant_nb.dualscale import DualScale
+from segquant_nb.formats import Quantizer
+from segquant_nb.ops import choose_kernel, cuda_reason, cuda_tables, doctor, use_emulation, use_kernels
+from segquant_nb.quartz import Quartz
+from segquant_nb.seglinear import Plan, SegLinear
+
+TOKEN = dict(axis=-1, dynamic=True)
+W8, W4 = Quantizer('int8', axis=1), Quantizer('int4', axis=1)
+KINDS = {'static': [(96, Quantizer())], 'per token': [(96, Quantizer(**TOKEN))], 'int4': [(96, Quantizer('int4', **TOKEN))],
+         'dual': [(96, DualScale())], 'dual per token': [(96, DualScale(**TOKEN))],
+         'segments': [(33, Quantizer()), (63, Quantizer())], 'mixed': [(32, Quantizer(**TOKEN)), (64, DualScale(**TOKEN))],
+         'mixed static': [(64, DualScale()), (32, Quantizer())], 'QuaRTZ': [(96, Quartz(**TOKEN))], 'QuaRTZ 16': [(96, Quartz(group=16))]}
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason='the emulation of kernels needs a C++ compiler')
+
+
+@pytest.fixture
+def gpu(request):
+    "Kernels on CPU tensors, wherever this module asks"
+    capability = getattr(request, 'param', (8, 0))
+    with (emulated_gpu(capability=capability, run=capability == (8, 0)) as gpu,
+          mock.patch.multiple(ops, _DEVICE='cpu', cuda_problem=lambda *_: None)):
+        yield gpu
+
+
+def layer_of(inputs, weight=W8, n=40, dtype=torch.float32, **extra):
+    g = torch.Generator().manual_seed(0)
+    k = sum(size for size, _ in inputs)
+    linear = nn.utils.skip_init(nn.Linear, k, n)
+    linear.weight.data.copy_(torch.randn(n, k, generator=g)/k**.5)
+    linear.bias.data.copy_(torch.randn(n, generator=g))
+    rows = F.gelu(2*torch.randn(20, k, generator=g))
+    return SegLinear.of(linear.to(dtype), Plan(inputs, [n//4, n - n//4], weight), rows, **extra), rows
+
+
+def extras(k=96, n=40):
+    g = torch.Generator().manual_seed(1)
+    smooth = 2.**torch.randint(-2, 3, (k,), generator=g)  # so that dividing and multiplying agree
+    return {'': {}, 'smooth': dict(smooth=smooth), 'rank': dict(low_rank=(torch.randn(4, k, generator=g)/9, torch.randn(n, 4, generator=g)/9)),
+            'both': dict(smooth=smooth, low_rank=(torch.randn(4, k, generator=g)/9, torch.randn(n, 4, generator=g)/9))}
+
+
+@needs_compiler
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_gpu_layer_is_the_layer(gpu, kind):
+    for w, extra in ((W8, ''), (W4, 'both'), *([(W8, 'smooth'), (W4, 'rank')] if kind == 'mixed' else [])):
+        q, x = layer_of(KINDS[kind], w, **extras()[extra])
+        assert choose_kernel(q, 'cuda').path == 'cuda_sm80'
+        use_kernels(q, 'cuda')
+        right = q.integer(x)
+        assert (q(x) - right).abs().max() < 3e-6*right.abs().max()
+    if kind == 'mixed':
+        short = q(x.bfloat16().view(2, 10, 96))
+        assert short.shape == (2, 10, 40) and (short.flatten(0, 1).float() - q.integer(x.bfloat16()).float()).abs().max() < 2**-7*right.abs().max()
+    assert {'codes', 's8_gemm'} == {launch.function for launch in gpu.launches}
+
+
+@needs_compiler
+def test_weights_that_fit_are_not_copied(gpu):
+    for inputs, w, function in (([(128, Quantizer())], W8, None), ([(128, Quantizer())], W4, 'unpack_int4'), ([(64, Quantizer()), (64, DualScale())], W4, 'unpack_int4')):
+        q, x = layer_of(inputs, w)
+        assert cuda_tables(q)['weight'] is None
+        use_kernels(q, 'cuda')
+        del gpu.launches[:]
+        assert (q(x) - q.integer(x)).abs().max() < 1e-5
+        assert ('unpack_int4' in {launch.function for launch in gpu.launches}) == (function is not None)
+    for sizes in ((96,), (33, 95), (32, 96, 64)):  # padded at the end, between, and not at all, but to another place
+        q, _ = layer_of([(s, Quantizer()) for s in sizes])
+        assert (cuda_tables(q)['weight'] is None) == (sizes == (32, 96, 64))
+
+
+@needs_compiler
+def test_compiled_gpu_layers_are_one_graph_for_all_sizes(gpu):
+    for inputs, extra in ((KINDS['mixed'], extras()['both']), (KINDS['static'], {})):
+        q, x = layer_of(inputs, **extra)
+        use_kernels(q, 'cuda')
+        torch._dynamo.reset()
+        compiled = torch.compile(q, fullgraph=True, dynamic=True, backend='aot_eager')
+        compiled(x)
+        with torch.compiler.set_stance('fail_on_recompile'):
+            for n in (3, 7, 20): torch.testing.assert_close(compiled(x[:n]), q(x[:n]))
+
+
+def test_the_operator_describes_itself():
+    with emulated_gpu(run=False):
+        w = torch.zeros(40, 64, dtype=torch.int8)
+        args = (torch.randn(5, 64), w, torch.ones(1, 40), None, None, None, None, None, [64], [False], 'int8', 0, False, False)
+        torch.library.opcheck(ops.w8a8_op, args, test_utils=('test_schema', 'test_faketensor'))
+
+
+@pytest.mark.parametrize('gpu', [(9, 0), (8, 9), (12, 0)], indirect=True)
+def test_hopper_gets_its_own_kernel(gpu, request):
+    capability = request.node.callspec.params['gpu']
+    q, x = layer_of(KINDS['mixed'])
+    odd, _ = layer_of(KINDS['mixed'], n=36)
+    want = 'cuda_sm90' if capability == (9, 0) else 'cuda_sm80'
+    assert choose_kernel(q, 'cuda').path == want and choose_kernel(odd, 'cuda').path == 'cuda_sm80'
+    assert ('slower than bfloat16' in choose_kernel(odd, 'cuda').why) == (capability == (9, 0))
+
+
+def test_without_a_gpu_it_says_so():
+    with mock.patch.object(ops, 'cuda_problem', lambda *_: 'There is no GPU: buy one.'):
+        assert choose_kernel(layer_of(KINDS['static'])[0], 'cuda') == ops.Choice('', 'emulation', 'There is no GPU: buy one.')
+        said = dict(doctor().rows)
+    assert said['GPU'] == 'There is no GPU: buy one.' and said['cuda_sm80'] == said['cuda_sm90'] == 'not here: see GPU'
+
+
+def test_one_warning_names_every_reason_once():
+    model = nn.Sequential(layer_of([(96, Quantizer('fp8e4m3'))])[0], layer_of([(96, Quantizer('fp8e4m3'))])[0], layer_of(KINDS['static'], Quantizer('fp8e4m3', axis=1))[0],
+                          layer_of(KINDS['static'])[0], nn.Linear(3, 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        table = use_kernels(model)
+    [w] = caught
+    assert str(w.message).count('fp8e4m3 inputs') == 1 and 'fp8e4m3 weights' in str(w.message) and '3 of 4' in str(w.message) and w.filename == __file__
+    assert [c.path for c in table.of] == ['emulation']*3 + ['cpu_int8'] and [c.layer for c in table.of] == ['0', '1', '2', '3']
+    assert '2  emulation' in repr(table)
+
+
+@needs_compiler
+def test_copies_states_and_other_weights(gpu):
+    (q, x), (other, _) = layer_of(KINDS['mixed'], **extras()['both']), layer_of(KINDS['mixed'], **extras()['both'])
+    other.codes.neg_(), other.bias.add_(1)
+    names = q.state_dict().keys()
+    use_kernels(q, 'cuda')
+    y = q(x)
+    assert q.state_dict().keys() == names
+    for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))): assert torch.equal(twin(x), y) and twin.kernel is ops.cuda_sm80
+    half = copy.deepcopy(q).half()
+    assert half.cuda_scale_w.dtype == torch.float32 and half(x.half()).dtype == torch.float16
+    q.load_state_dict(other.state_dict())  # the tables follow
+    assert not torch.equal(q(x), y) and (q(x) - other.integer(x)).abs().max() < 1e-5
+    use_emulation(q)
+    assert q.kernel is None and not any(name.startswith('cuda_') for name, _ in q.named_buffers())
+
+
+def test_a_layer_that_was_moved_still_computes():
+    q, x = layer_of(KINDS['static'])
+    ops._prepare(q, 'cuda_sm80')
+    with pytest.warns(UserWarning, match='call use_kernels after moving'): y = q(x)
+    assert torch.equal(y, q.emulate(x))
+
+
+def test_double_precision_and_gradients():
+    q, x = layer_of(KINDS['per token'])
+    use_kernels(q)
+    assert torch.equal(q(x.double()), q.emulate(x.double()))
+    assert not q(x.requires_grad_()).requires_grad
+
+
+def test_debug_names_the_path(monkeypatch, capsys):
+    q, x = layer_of(KINDS['static'])
+    use_kernels(q)
+    q(x)
+    assert not capsys.readouterr().err
+    monkeypatch.setenv('SEGQUANT_DEBUG', '1')
+    q(x), q(x.double())
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith('segquant: cpu_int8: (20, 96) → 40 float32, ') and first.endswith(' ms') and 'emulation' in second
+
+
+def test_a_wrong_kernel_is_found():
+    with mock.patch.object(ops, 'cpu_linear', lambda layer, x: layer.integer(x)*1.001): assert dict(doctor().rows)['cpu_int8'].startswith('WRONG')
+
+
+@needs_compiler
+def test_the_doctor_examines_kernels(gpu):
+    with mock.patch.object(ops, '_gpu', lambda: 'emulated'):
+        said = dict(doctor().rows)
+    assert said['cuda_sm80'] == 'right' and said['cuda_sm90'] == 'not here: sm_80 is no Hopper'
+
+
+def test_what_is_refused():
+    q, x = layer_of(KINDS['static'])
+    use_kernels(q)
+    with pytest.raises(ValueError, match='this layer reads 96 channels'): q(x[:, :95])
+    for inputs, why in (([(48, Quantizer()), (48, Quantizer(**TOKEN))], 'static and dynamic'), ([(96, Quantizer(dynamic=True))], 'all rows'),
+                        ([(96, Quantizer('int8', clip='mse', **TOKEN))], 'search'), ([(96, Quantizer('int6'))], 'int6'), ([(96, Quartz(rounded=True))], 'rounds')):
+        assert why in cuda_reason(layer_of(inputs)[0])
