@@ -164,7 +164,8 @@ class DualScale:
         return self.dynamic or self.positive is not None
 
     def __repr__(self):
-        return repr(self._single).replace('Quantizer', 'DualScale').replace('one scale', 'two scales')
+        single = repr(self._single)
+        return single.replace('Quantizer', 'DualScale').replace('one scale', 'two scales')
 
 # %% ../nbs/21_dualscale.ipynb #d3b7dab2
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:

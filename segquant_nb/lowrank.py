@@ -127,7 +127,7 @@ def rank_for_energy(
     held = torch.linalg.svdvals(_in_terms_of(matrix, factor)).square().cumsum(0)
     return min(int((held < share*held[-1]).sum()) + 1, len(held))
 
-# %% ../nbs/32_svd.ipynb #82c3fa01
+# %% ../nbs/32_svd.ipynb #bc3eaeb4
 def split_low_rank(
     matrix: Tensor,  # (N, K)
     rank: int,  # of all segments together
