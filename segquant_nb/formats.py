@@ -149,7 +149,11 @@ def spread(
     "One entry per column from one entry per group"
     _check_group(group)
     if group is None or per_group is None or per_group.ndim == 0: return per_group
-    return per_group.repeat_interleave(group, -1)[..., :like.shape[-1]]
+    full, rest = divmod(like.shape[-1], group)
+    whole = per_group[..., :full].repeat_interleave(group, -1)
+    if not rest: return whole
+    last = per_group[..., full:full + 1]  # not sliced off: Inductor reads beyond the end then
+    return torch.cat([whole, last.expand(*last.shape[:-1], rest)], -1)
 
 
 def _check_group(group: int | None):
