@@ -1,5 +1,8 @@
-"""Every notebook is a test: the same cells that nbdev_test runs, under the same flags."""
-import sys
+"""Every notebook is a test: the same cells that nbdev_test runs, under the same flags, each in a process of its own."""
+import contextlib
+import io
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,38 @@ CFG = get_config(path=ROOT)
 NOTEBOOKS = sorted(f for f in nbglob(CFG.nbs_path, as_path=True) if _keep_file(f, '.notest'))
 
 
+@pytest.fixture(scope='session')
+def processes():
+    "They start with the large libraries already imported: one import for all notebooks"
+    if 'forkserver' not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['nbdev.test', 'torch', 'matplotlib.pyplot'])
+    return context
+
+
+def run(notebook: Path, flags: list[str], answer):
+    os.chdir(CFG.nbs_path)
+    os.environ['IN_TEST'] = '1'  # nbdev_export does nothing under it
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        passed, _ = run_notebook(notebook.resolve(), skip_flags=CFG.tst_flags.split(), basepath=str(ROOT),
+                                 force_flags=flags)
+    answer.send((passed, errors.getvalue()))
+
+
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: str(p.relative_to(CFG.nbs_path)))
-def test_notebook(notebook, request, monkeypatch, capsys):
-    monkeypatch.chdir(CFG.nbs_path)
-    monkeypatch.setenv('IN_TEST', '1')  # put back afterwards: nbdev_export does nothing under it
-    monkeypatch.setattr(sys, 'path', sys.path[:])
-    passed, _ = run_notebook(notebook.resolve(), skip_flags=CFG.tst_flags.split(), basepath=str(ROOT),
-                             force_flags=request.config.getoption('--nb-flags').split())
+def test_notebook(notebook, request, processes):
+    # What a notebook leaves behind (an operator that it registers, `__main__`, a cache of the compiler) must not reach the next.
+    ours, theirs = processes.Pipe(duplex=False)
+    flags = request.config.getoption('--nb-flags').split()
+    process = processes.Process(target=run, args=(notebook, flags, theirs))
+    process.start()
+    theirs.close()
+    try:
+        passed, errors = ours.recv()
+    except EOFError:
+        process.join()
+        passed, errors = False, f'its process ended with exit code {process.exitcode}'
+    process.join()
     if not passed:
-        pytest.fail(capsys.readouterr().err or f'{notebook} failed', pytrace=False)
+        pytest.fail(errors or f'{notebook} failed', pytrace=False)
