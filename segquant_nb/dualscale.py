@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['polarity_steps', 'DualEncoded', 'DualScale']
 
-# %% ../nbs/21_dualscale.ipynb #bc827edf
+# %% ../nbs/21_dualscale.ipynb #7c59087f
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .formats import (DType, Quantizer, check_finite, decode, encode, per_granule,
-                                 search_range, spread, value_range, _floating, _precise, _usable)
+                                 search_range, spread, value_range, _cast, _fitted, _floating,
+                                 _precise, _usable)
 
 # %% ../nbs/21_dualscale.ipynb #30b9dcfe
 def polarity_steps(
@@ -166,26 +167,3 @@ class DualScale:
     def __repr__(self):
         single = repr(self._single)
         return single.replace('Quantizer', 'DualScale').replace('one scale', 'two scales')
-
-# %% ../nbs/21_dualscale.ipynb #d3b7dab2
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    "To another type; a grid point that lies just beyond what it can hold moves to its end"
-    most = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
-    return values.clamp(-most, most).to(dtype)
-
-
-def _fitted(q, scale: Tensor | None, x: Tensor, group: int | None = None) -> Tensor:
-    "A scale that `fit` found, if it fits this tensor"
-    if scale is None:
-        raise ValueError(f'{q} has no scale yet: call fit(data), or use dynamic=True.')
-    if scale.device != x.device:
-        raise ValueError(f'{q} holds its scale on {scale.device}, the tensor is on {x.device}: '
-                         f"use q.to('{x.device}').")
-    have, want = scale.shape[::-1], x.shape[::-1]
-    if group and want: want = (-(-want[0]//group), *want[1:])
-    fits = len(have) <= len(want) and all(s in (1, n) for s, n in zip(have, want))
-    if not fits or group and have and have[0] != want[0]:
-        raise ValueError(
-            f'{q} was fitted on another shape: its scales are {tuple(scale.shape)}, the tensor '
-            f'is {tuple(x.shape)}. Use dynamic=True, or axis=None, where the shape changes.')
-    return scale.detach()

@@ -280,7 +280,7 @@ def value_range(
     empty = (low == 0) & (high == 0)
     return torch.where(empty, full[0], low), torch.where(empty, full[1], high)
 
-# %% ../nbs/00_formats.ipynb #f1237b72
+# %% ../nbs/00_formats.ipynb #61b53943
 def search_range(
     x: Tensor,  # values to represent
     dtype: DType | str,  # format of the codes
@@ -289,27 +289,34 @@ def search_range(
     symmetric: bool = True,  # see `scale_from_range`
     ratios: list[float] | None = None,  # parts of the full range to try; default 1, .99, … .05
 ) -> tuple[Tensor, Tensor]:  # lowest and highest value
-    "The part of the full range with the smallest squared error, per scale, by trying them all"
+    "The part of the full range with the smallest squared error, per scale, by trying"
+    x = _precise(x)
+    low, high = value_range(x, axis, group)
+    amax = spread(_usable(torch.maximum(low.abs(), high.abs())), group, x)
+
+    def error(low, high):
+        scale, zero = scale_from_range(low, high, dtype, symmetric)
+        rounded = decode(encode(x, scale, dtype, zero, group), scale, zero, group)
+        # Relative to the largest value: a square overflows, or vanishes, easily
+        squares = rounded.sub_(x).div_(amax).square_()
+        return per_granule(lambda v: v.sum(-1), squares, axis, group)
+
+    both = _least(lambda ratio: error(low*ratio, high*ratio), ratios)
+    if symmetric: return low*both, high*both
+    upper = high*_least(lambda ratio: error(low*both, high*ratio), ratios)
+    return low*_least(lambda ratio: error(low*ratio, upper), ratios), upper
+
+
+def _least(error: Callable[[float], Tensor], ratios: list[float] | None = None) -> Tensor:
+    "The ratio with the smallest error, per scale, of 1, .99, … .05 by default"
     ratios = [1 - i/100 for i in range(96)] if ratios is None else ratios
     if not len(ratios): raise ValueError('ratios is empty: nothing to try.')
-
-    def best_ratio(values):
-        low, high = values.amin(-1), values.amax(-1)
-        amax = _usable(torch.maximum(low.abs(), high.abs()))[..., None]
-        best = least = torch.full_like(low, torch.inf)
-        for ratio in ratios:
-            scale, zero = scale_from_range(low*ratio, high*ratio, dtype, symmetric)
-            scale, zero = scale[..., None], None if zero is None else zero[..., None]
-            rounded = decode(encode(values, scale, dtype, zero), scale, zero)
-            # Relative to the largest value: a square overflows, or vanishes, easily
-            error = rounded.sub_(values).div_(amax).square_().sum(-1)
-            best, least = torch.where(error < least, ratio, best), torch.minimum(error, least)
-        return torch.where(least.isfinite(), best, 1.)
-
-    x = _precise(x)
-    ratio = per_granule(best_ratio, x, axis, group)
-    low, high = value_range(x, axis, group)
-    return low*ratio, high*ratio
+    least = error(ratios[0])
+    best = torch.full_like(least, ratios[0])
+    for ratio in ratios[1:]:
+        tried = error(ratio)
+        best, least = torch.where(tried < least, ratio, best), torch.minimum(tried, least)
+    return best
 
 # %% ../nbs/00_formats.ipynb #8623bca2
 class Encoded(NamedTuple):
@@ -318,7 +325,7 @@ class Encoded(NamedTuple):
     scale: Tensor  # broadcasts against the codes; (..., groups) if the quantizer has groups
     zero: Tensor | None = None  # zero point, if asymmetric
 
-# %% ../nbs/00_formats.ipynb #2c02d3aa
+# %% ../nbs/00_formats.ipynb #0bca6bd8
 @dataclass(frozen=True, repr=False, eq=False)
 class Quantizer:
     "A recipe that turns a tensor into codes and scales, and back"
@@ -379,7 +386,7 @@ class Quantizer:
         "The codes of `x`, with what is needed to read them"
         _floating(x)
         if self.dynamic or self.dtype.is_passthrough: scale, zero = self.find_scale(x)
-        else: scale, zero = _static_scale(self, x)
+        else: scale, zero = _fitted(self, self.scale, x, self.group), self.zero
         return Encoded(encode(x, scale, self.dtype, zero, self.group), scale, zero)
 
     def decode(
@@ -397,10 +404,7 @@ class Quantizer:
     ) -> Tensor:  # a new tensor, same shape and dtype
         "What is left of `x` after rounding: encode, decode, in the type of `x`"
         values = self.decode(*self.encode(x))
-        if not self.dtype.is_passthrough:  # a grid point may lie just beyond what a type can hold
-            most = min(torch.finfo(x.dtype).max, torch.finfo(values.dtype).max)
-            values = values.clamp(-most, most)
-        return values.to(x.dtype)
+        return values.to(x.dtype) if self.dtype.is_passthrough else _cast(values, x.dtype)
 
     def paths(
         self,
@@ -428,7 +432,7 @@ class Quantizer:
         parts = [] if self.dtype.is_passthrough else list(filter(None, parts))
         return f'Quantizer({", ".join([self.dtype.value, *parts])})'
 
-# %% ../nbs/00_formats.ipynb #d11046e9
+# %% ../nbs/00_formats.ipynb #507116cb
 def _check_recipe(q: Quantizer):
     ways = ('amax', 'percentile', 'mse')
     if q.clip not in ways:
@@ -452,21 +456,27 @@ def _floating(x: Tensor) -> Tensor:
     return x
 
 
-def _static_scale(q: Quantizer, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    "The scale that `fit` found, if it fits this tensor"
-    if q.scale is None:
+def _fitted(q, scale: Tensor | None, x: Tensor, group: int | None = None) -> Tensor:
+    "A scale that `fit` of a quantizer found, if it fits this tensor"
+    if scale is None:
         raise ValueError(f'{q} has no scale yet: call fit(data), or use dynamic=True.')
-    if q.scale.device != x.device:
-        raise ValueError(f'{q} holds its scale on {q.scale.device}, the tensor is on {x.device}: '
+    if scale.device != x.device:
+        raise ValueError(f'{q} holds its scale on {scale.device}, the tensor is on {x.device}: '
                          f"use q.to('{x.device}').")
-    have, want = q.scale.shape[::-1], x.shape[::-1]
-    if q.group and want: want = (math.ceil(want[0]/q.group), *want[1:])
+    have, want = scale.shape[::-1], x.shape[::-1]
+    if group and want: want = (math.ceil(want[0]/group), *want[1:])
     fits = len(have) <= len(want) and all(s in (1, n) for s, n in zip(have, want))
-    if not fits or q.group and have and have[0] != want[0]:
+    if not fits or group and have and have[0] != want[0]:
         raise ValueError(
-            f'{q} was fitted on another shape: its scales are {tuple(q.scale.shape)}, the '
-            f'tensor is {tuple(x.shape)}. Use dynamic=True, or axis=None, where the shape changes.')
-    return q.scale.detach(), q.zero
+            f'{q} was fitted on another shape: its scales are {tuple(scale.shape)}, the tensor '
+            f'is {tuple(x.shape)}. Use dynamic=True, or axis=None, where the shape changes.')
+    return scale.detach()
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    "To another type; a grid point that lies just beyond what it can hold moves to its end"
+    most = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
+    return values.clamp(-most, most).to(dtype)
 
 # %% ../nbs/00_formats.ipynb #32f54093
 def pack_int4(

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['find_flags', 'drop_bits', 'restore_bits', 'pack_flags', 'unpack_flags', 'QuartzEncoded', 'Quartz']
 
-# %% ../nbs/22_quartz.ipynb #d1180a92
+# %% ../nbs/22_quartz.ipynb #78a4e58e
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dualscale import _cast, _fitted
 from .formats import (DType, Quantizer, check_finite, decode, encode, pack_int4,
-                                 per_granule, spread, unpack_int4, _floating, _precise)
+                                 per_granule, spread, unpack_int4, _cast, _fitted, _floating,
+                                 _least, _precise)
 
 # %% ../nbs/22_quartz.ipynb #84cd89c9
 def find_flags(
@@ -184,15 +184,15 @@ class Quartz:
         kind = f'Quartz(4 bits, a flag per {self.group} columns{rounded}'
         return repr(self._eight_bits).replace('Quantizer(int8', kind)
 
-# %% ../nbs/22_quartz.ipynb #30cad28d
+# %% ../nbs/22_quartz.ipynb #54df62d8
 def _search_scale(q: Quartz, x: Tensor) -> Tensor:
     "The part of the full range with the smallest squared error, by trying them all"
     x = _precise(x.detach()).nan_to_num(0., 0., 0.)
     full = replace(q, clip='amax').find_scale(x)
-    best, least = torch.ones_like(full), torch.full_like(full, torch.inf)
-    for ratio in [1 - i/100 for i in range(96)]:
+
+    def error(ratio):
         tried = replace(q, clip='amax', dynamic=False, scale=full*ratio)
-        error = ((tried.fake(x) - x)/full).square()  # in steps: a square overflows easily
-        error = per_granule(lambda v: v.sum(-1), error, q.axis)
-        best, least = torch.where(error < least, ratio, best), torch.minimum(error, least)
-    return full*best
+        squares = ((tried.fake(x) - x)/full).square()  # in steps: a square overflows easily
+        return per_granule(lambda v: v.sum(-1), squares, q.axis)
+
+    return full*_least(error)
