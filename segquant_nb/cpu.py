@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT_COLUMNS', 'ROWS', 'has_vnni', 'code_product', 'unpack_int4_cpu', 'cpu_reason', 'cpu_linear']
 
-# %% ../nbs/40_cpu.ipynb #4f18ec50
+# %% ../nbs/40_cpu.ipynb #e2dbc45c
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dualscale import DualScale
 from .formats import Quantizer, scale_from_range, _usable
-from .seglinear import SegLinear
+from .seglinear import SegLinear, rotated
 
 # %% ../nbs/40_cpu.ipynb #a7e8ad3f
 EXACT_COLUMNS = 1024  # 1024·128·128 = 2^24: what float32 adds up without rounding
@@ -125,7 +125,7 @@ def _steps(q, part: Tensor) -> tuple[Tensor, ...]:
     ends = (high.clamp(min=0), q.dtype.highest), (low.clamp(max=0), q.dtype.lowest)
     return tuple(_usable(side/torch.full_like(side, end)) for side, end in ends)
 
-# %% ../nbs/40_cpu.ipynb #631bc5f4
+# %% ../nbs/40_cpu.ipynb #0e24abcb
 ROWS = 256  # of a block
 
 
@@ -142,7 +142,7 @@ def cpu_linear(
     x: Tensor,  # (..., K)
 ) -> Tensor:  # (..., N) in the type of `x`
     "A quantized layer by products of codes, in float32 around them; no gradient"
-    if x.shape[-1:] != (layer.in_features,): layer._smoothed(x)  # says what is wrong
+    layer._check_input(x)
     rows, N = x.detach().reshape(-1, layer.in_features), layer.out_features
     int4 = layer.plan.weight.dtype.bits <= 4
     weight = unpack_int4_cpu(layer.codes, layer.in_features) if int4 else layer.codes
@@ -169,10 +169,10 @@ def _room(layer: SegLinear, n: int, dtype: torch.dtype) -> _Room:
                  torch.empty(n, K), torch.empty(n, N, dtype=torch.int32),
                  None if single else torch.empty(n, N))
 
-# %% ../nbs/40_cpu.ipynb #9b87e07d
+# %% ../nbs/40_cpu.ipynb #9067567a
 def _block(layer: SegLinear, rows: Tensor, weight: Tensor, room: _Room) -> Tensor:
     "(rows, N) float32"
-    values = _values(layer, rows, room.values)
+    values = rotated(_values(layer, rows, room.values), layer.plan)
     total = values.new_zeros(()) if layer.bias is None else layer.bias.float()
     if layer.down is not None:
         few = F.linear(values, layer.down.float())
@@ -195,7 +195,7 @@ def _block(layer: SegLinear, rows: Tensor, weight: Tensor, room: _Room) -> Tenso
 
 
 def _values(layer: SegLinear, rows: Tensor, room: Tensor | None) -> Tensor:
-    "What is quantized, in float32"
+    "What is rotated, if anything is, and quantized, in float32"
     if layer.smooth is not None: return torch.div(rows, layer.smooth, out=room)
     if rows.dtype is torch.float32: return rows
     return rows.float() if room is None else room.copy_(rows)

@@ -6,7 +6,7 @@
 __all__ = ['w8a8_op', 'cuda_reason', 'cuda_tables', 'cpu_int8', 'cuda_sm80', 'cuda_sm90', 'emulation', 'Choice', 'choose_kernel',
            'Choices', 'use_kernels', 'use_emulation', 'Doctor', 'doctor']
 
-# %% ../nbs/46_ops.ipynb #634de866
+# %% ../nbs/46_ops.ipynb #f01044da
 import functools
 import os
 import platform
@@ -28,7 +28,7 @@ from .formats import Quantizer
 from .gemm import w8a8_sm80
 from .hopper_gemm import w8a8_sm90
 from .quartz import Quartz
-from .seglinear import Plan, SegLinear
+from .seglinear import Plan, SegLinear, rotated
 
 # %% ../nbs/46_ops.ipynb #59c01751
 def cuda_reason(
@@ -55,7 +55,7 @@ def _code_format(q) -> tuple[str, int | None]:
     "Format of the codes, and the columns that share a shift"
     return ('int8', q.group) if isinstance(q, Quartz) else (q.dtype.value, None)
 
-# %% ../nbs/46_ops.ipynb #73111207
+# %% ../nbs/46_ops.ipynb #14deb75b
 _TABLES = ('weight', 'scale_w', 'scale_x', 'bias', 'smooth', 'down', 'up', 'gate')
 
 
@@ -64,14 +64,20 @@ def cuda_tables(
 ) -> dict[str, Tensor | None]:  # weight, scale_w, scale_x, bias, smooth, down, up, gate
     "What the kernels read"
     columns = PackedColumns(layer.plan.in_sizes)
-    fits, smooth = _fits(layer, columns), layer.smooth
-    down = None if layer.down is None or smooth is None else (layer.down/smooth).to(layer.dtype)
+    fits, smooth = _fits(layer, columns), None if layer.plan.blocks else layer.smooth
     gate = None if layer.down is None else torch.ones_like(layer.weight_scale[:, 0])[None]
     return dict(weight=None if fits else columns.pack(layer.weight_codes()),
                 scale_w=layer.weight_scale.t().contiguous(), scale_x=_input_scales(layer),
                 bias=None if layer.bias is None else layer.bias.float(),
                 smooth=None if smooth is None else columns.pack((1/smooth)[None])[0],
-                down=layer.down if down is None else down, up=layer.up, gate=gate)
+                down=_down(layer), up=layer.up, gate=gate)
+
+
+def _down(layer: SegLinear) -> Tensor | None:
+    "For inputs that are neither smoothed nor rotated: x/s R downᵀ is x (down R/s)ᵀ"
+    if layer.down is None or layer.smooth is None and not layer.plan.blocks: return layer.down
+    down = rotated(layer.down.float(), layer.plan)
+    return (down if layer.smooth is None else down/layer.smooth).to(layer.dtype)
 
 
 def _fits(layer: SegLinear, columns: PackedColumns) -> bool:
@@ -91,10 +97,11 @@ def _input_scales(layer: SegLinear) -> Tensor | None:
 def _duals(layer: SegLinear) -> tuple[bool, ...]:
     return tuple(isinstance(q, DualScale) for q in layer.plan.quantizers)
 
-# %% ../nbs/46_ops.ipynb #c9b7c44a
+# %% ../nbs/46_ops.ipynb #dca74a3f
 def _w8a8(x: Tensor, weight: Tensor, scale_w: Tensor, scale_x: Tensor | None, bias: Tensor | None,
           smooth: Tensor | None, branch: Tensor | None, gate: Tensor | None, sizes: Sequence[int],
-          duals: Sequence[bool], dtype: str, quartz: int, packed: bool, hopper: bool) -> Tensor:
+          duals: Sequence[bool], dtype: str, quartz: int, packed: bool, hopper: bool,
+          result: torch.dtype) -> Tensor:
     "Quantize and multiply"
     columns, dual = _columns(tuple(sizes)), any(duals)
     some = tuple(duals) if dual and not all(duals) else None
@@ -104,7 +111,7 @@ def _w8a8(x: Tensor, weight: Tensor, scale_w: Tensor, scale_x: Tensor | None, bi
     if packed: weight = unpack_int4_cuda(weight)
     if branch is not None: branch = branch.view(len(rows), -1)
     product = w8a8_sm90 if hopper else w8a8_sm80
-    y = product(codes, weight, scale, scale_w, bias, columns, dual, x.dtype, duals=some,
+    y = product(codes, weight, scale, scale_w, bias, columns, dual, result, duals=some,
                 residual=branch, gate=gate)
     return y.view(*x.shape[:-1], len(weight))
 
@@ -113,24 +120,29 @@ def _w8a8(x: Tensor, weight: Tensor, scale_w: Tensor, scale_x: Tensor | None, bi
 def _columns(sizes: tuple[int, ...]) -> PackedColumns: return PackedColumns(sizes)
 
 
-w8a8_op = torch.library.custom_op('segquant::w8a8', _w8a8, mutates_args=())
+# In this notebook it has another name than in the module, or each would replace the other's
+_LIBRARY = __name__.partition('.')[0].strip('_')
+w8a8_op = torch.library.custom_op(f'{_LIBRARY}::w8a8', _w8a8, mutates_args=())
 
 
 @w8a8_op.register_fake
-def _(x, weight, *rest): return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, *rest):
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=rest[-1])
 
-# %% ../nbs/46_ops.ipynb #5adc7591
+# %% ../nbs/46_ops.ipynb #f01cb550
 def _on_cuda(layer: SegLinear, x: Tensor, hopper: bool) -> Tensor:
-    if x.shape[-1:] != (layer.in_features,): layer._smoothed(x)  # says what is wrong
-    x, t = x.detach(), {name: getattr(layer, f'cuda_{name}') for name in _TABLES}
+    layer._check_input(x)
+    x, t = x.detach(), {name: getattr(layer, f'cuda_{name}', None) for name in _TABLES}
     packed = t['weight'] is None and layer.plan.weight.dtype.bits <= 4
     weight = layer.codes if t['weight'] is None else t['weight']
     branch, (down, up) = None, (t['down'], t['up'])
     if down is not None: branch = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
     name, group = _code_format(layer.plan.quantizers[0])
     run = w8a8_op if torch.compiler.is_compiling() else _w8a8
-    return run(x, weight, t['scale_w'], t['scale_x'], t['bias'], t['smooth'], branch, t['gate'],
-               layer.plan.in_sizes, _duals(layer), name, group or 0, packed, hopper)
+    values = layer._seen(x) if layer.plan.blocks else x  # what the kernel need not smooth itself
+    return run(values, weight, t['scale_w'], t['scale_x'], t['bias'], t['smooth'], branch,
+               t['gate'], layer.plan.in_sizes, _duals(layer), name, group or 0, packed, hopper,
+               x.dtype)
 
 # %% ../nbs/46_ops.ipynb #036a229b
 def cpu_int8(layer: SegLinear, x: Tensor) -> Tensor:
@@ -182,7 +194,7 @@ def _told(layer: SegLinear, x: Tensor, linear) -> Tensor:
           f'{1000*(time.perf_counter() - start):.3f} ms', file=sys.stderr)
     return y
 
-# %% ../nbs/46_ops.ipynb #171c2e9c
+# %% ../nbs/46_ops.ipynb #37b4ccbd
 @dataclass(frozen=True)
 class Choice:
     "Which path a layer takes"
@@ -213,13 +225,22 @@ def _cpu_remarks(layer: SegLinear) -> list[str]:
     said, many = ['AVX512-VNNI'], len(layer.bounds) - 1 > 2*len(layer.plan.inputs)
     if many: said.append(f'{len(layer.bounds) - 1} products, one for each group of weights')
     if any(_duals(layer)): said.append('two products for dual scales')
-    if len(said) > 1 and has.get('avx512_bf16'): said.append('a bfloat16 layer is faster here')
+    slower = len(said) > 1 or layer.plan.blocks and layer.out_features < _ROTATION_PAYS
+    said += _rotation(layer)
+    if slower and has.get('avx512_bf16'): said.append('a bfloat16 layer is faster here')
     return said
+
+
+_ROTATION_PAYS = 3072  # outputs; with fewer the products do not save what a rotation costs
+
+
+def _rotation(layer: SegLinear) -> list[str]:
+    return ['inputs are rotated first, by PyTorch'] if layer.plan.blocks else []
 
 
 def _choose_cuda(layer: SegLinear, device: torch.device, name: str) -> Choice:
     if why := cuda_problem(device) or cuda_reason(layer): return Choice(name, 'emulation', why)
-    arch, said = gpu_arch(device), []
+    arch, said = gpu_arch(device), _rotation(layer)
     if layer.plan.weight.dtype.bits <= 4 and _fits(layer, PackedColumns(layer.plan.in_sizes)):
         said.append('weights unpacked for each call, which only many rows are worth')
     if any(_duals(layer)): said.append('two products for dual scales, no faster than bfloat16')
@@ -229,7 +250,7 @@ def _choose_cuda(layer: SegLinear, device: torch.device, name: str) -> Choice:
         return Choice(name, 'cuda_sm80', '; '.join([why, *said]))
     return Choice(name, 'cuda_sm90', '; '.join(['Hopper', *said]))
 
-# %% ../nbs/46_ops.ipynb #653f558e
+# %% ../nbs/46_ops.ipynb #409a72e5
 @dataclass(frozen=True)
 class Choices:
     "Which path each layer of a model takes; shows itself as a table"
@@ -276,7 +297,8 @@ def _prepare(layer: SegLinear, path: str | None):
     for name in _TABLES: layer._buffers.pop(f'cuda_{name}', None)
     layer.kernel = _PATHS.get(path)
     if path not in ('cuda_sm80', 'cuda_sm90'): return
-    for name, t in cuda_tables(layer).items(): layer.register_buffer(f'cuda_{name}', t, False)
+    for name, t in cuda_tables(layer).items():
+        if t is not None: layer.register_buffer(f'cuda_{name}', t, False)
     if _again not in layer._load_state_dict_post_hooks.values():
         layer.register_load_state_dict_post_hook(_again)
 

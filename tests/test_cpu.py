@@ -36,7 +36,8 @@ def layers(draw):
     smooth = torch.rand(k) + .5 if draw(st.booleans()) else None
     low_rank = (torch.randn(2, k)/k, torch.randn(n, 2)) if draw(st.booleans()) else None
     x = torch.randn(draw(st.sampled_from([1, 3, 40])), k)
-    return SegLinear.of(linear, Plan(inputs, cut(draw, n), weight), torch.randn(20, k), smooth, low_rank), x
+    blocks = [size & -size for size, _ in inputs] if draw(st.booleans()) else ()
+    return SegLinear.of(linear, Plan(inputs, cut(draw, n), weight, blocks), torch.randn(20, k), smooth, low_rank), x
 
 
 @pytest.mark.parametrize('vnni', [True, False])

@@ -1,12 +1,14 @@
 """Which kernel runs, and that it is the layer that runs: GPU paths on emulated kernels, CPU paths as they are."""
+import contextlib
 import copy
 import pickle
+import sys
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch._inductor.compile_fx  # now: `emulated_gpu` forgets what is imported inside it
 import torch.nn.functional as F
 from emulate import COMPILER, emulated_gpu
 from torch import nn
@@ -28,23 +30,32 @@ KINDS = {'static': [(96, Quantizer())], 'per token': [(96, Quantizer(**TOKEN))],
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason='the emulation of kernels needs a C++ compiler')
 
 
+@contextlib.contextmanager
+def emulated(**kw):
+    "Modules that are imported inside stay: those of the compiler must not be imported twice"
+    with emulated_gpu(**kw) as gpu:
+        try: yield gpu
+        finally: imported = {name: m for name, m in sys.modules.items() if name != 'cupy'}
+    sys.modules.update(imported)
+
+
 @pytest.fixture
 def gpu(request):
     "Kernels on CPU tensors, wherever this module asks"
     capability = getattr(request, 'param', (8, 0))
-    with (emulated_gpu(capability=capability, run=capability == (8, 0)) as gpu,
+    with (emulated(capability=capability, run=capability == (8, 0)) as gpu,
           mock.patch.multiple(ops, _DEVICE='cpu', cuda_problem=lambda *_: None)):
         yield gpu
 
 
-def layer_of(inputs, weight=W8, n=40, dtype=torch.float32, **extra):
+def layer_of(inputs, weight=W8, n=40, dtype=torch.float32, blocks=(), **extra):
     g = torch.Generator().manual_seed(0)
     k = sum(size for size, _ in inputs)
     linear = nn.utils.skip_init(nn.Linear, k, n)
     linear.weight.data.copy_(torch.randn(n, k, generator=g)/k**.5)
     linear.bias.data.copy_(torch.randn(n, generator=g))
     rows = F.gelu(2*torch.randn(20, k, generator=g))
-    return SegLinear.of(linear.to(dtype), Plan(inputs, [n//4, n - n//4], weight), rows, **extra), rows
+    return SegLinear.of(linear.to(dtype), Plan(inputs, [n//4, n - n//4], weight, blocks), rows, **extra), rows
 
 
 def extras(k=96, n=40):
@@ -67,6 +78,26 @@ def test_a_gpu_layer_is_the_layer(gpu, kind):
         short = q(x.bfloat16().view(2, 10, 96))
         assert short.shape == (2, 10, 40) and (short.flatten(0, 1).float() - q.integer(x.bfloat16()).float()).abs().max() < 2**-7*right.abs().max()
     assert {'codes', 's8_gemm'} == {launch.function for launch in gpu.launches}
+
+
+@needs_compiler
+@pytest.mark.parametrize('kind', ['static', 'int4', 'mixed', 'QuaRTZ'])
+def test_rotated_inputs(gpu, kind):
+    blocks = [size & -size for size, _ in KINDS[kind]]
+    for w, extra in ((W8, ''), (W4, 'both'), (W8, 'rank')):
+        q, x = layer_of(KINDS[kind], w, blocks=blocks, **extras()[extra])
+        choice = choose_kernel(q, 'cuda')
+        assert choice.path == 'cuda_sm80' and 'rotated first' in choice.why and 'rotated first' in choose_kernel(q, 'cpu').why
+        use_kernels(q, 'cuda')
+        right = q.integer(x)
+        assert (q(x) - right).abs().max() < 3e-6*right.abs().max()
+        if extra == 'both': continue
+        short = q(x.bfloat16().view(2, 10, 96))
+        assert short.dtype == torch.bfloat16 and (short.flatten(0, 1).float() - q.integer(x.bfloat16()).float()).abs().max() < 2**-6*right.abs().max()
+    if kind != 'mixed': return
+    torch._dynamo.reset()
+    compiled = torch.compile(q, fullgraph=True, dynamic=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), q(x))
 
 
 @needs_compiler
@@ -95,11 +126,24 @@ def test_compiled_gpu_layers_are_one_graph_for_all_sizes(gpu):
             for n in (3, 7, 20): torch.testing.assert_close(compiled(x[:n]), q(x[:n]))
 
 
+def arguments():
+    return (torch.randn(5, 64), torch.zeros(40, 64, dtype=torch.int8), torch.ones(1, 40), None, None, None, None, None, [64], [False], 'int8', 0, False, False,
+            torch.bfloat16)
+
+
 def test_the_operator_describes_itself():
-    with emulated_gpu(run=False):
-        w = torch.zeros(40, 64, dtype=torch.int8)
-        args = (torch.randn(5, 64), w, torch.ones(1, 40), None, None, None, None, None, [64], [False], 'int8', 0, False, False)
-        torch.library.opcheck(ops.w8a8_op, args, test_utils=('test_schema', 'test_faketensor'))
+    with emulated(run=False): torch.library.opcheck(ops.w8a8_op, arguments(), test_utils=('test_schema', 'test_faketensor'))
+
+
+def test_a_notebook_has_an_operator_of_its_own():
+    "However often its cell runs: an operator of the same name would replace the module's"
+    source = Path(ops.__file__).read_text()
+    for _ in range(2):
+        theirs = dict(__name__='__main__', __package__='segquant_nb')
+        exec(source, theirs)
+    assert (ops.w8a8_op._qualname, theirs['w8a8_op']._qualname) == ('segquant_nb::w8a8', 'main::w8a8')
+    with mock.patch.object(ops, 'quantize_cuda', side_effect=RuntimeError('the one of the module')):
+        with pytest.raises(RuntimeError, match='of the module'): ops.w8a8_op(*arguments())
 
 
 @pytest.mark.parametrize('gpu', [(9, 0), (8, 9), (12, 0)], indirect=True)
@@ -153,6 +197,18 @@ def test_a_layer_that_was_moved_still_computes():
     ops._prepare(q, 'cuda_sm80')
     with pytest.warns(UserWarning, match='call use_kernels after moving'): y = q(x)
     assert torch.equal(y, q.emulate(x))
+
+
+@pytest.mark.parametrize('extra', ['', 'both'])
+def test_autocast_does_not_reach_in(extra):
+    q, x = layer_of(KINDS['per token'], **extras()[extra])
+    right = q(x)
+    use_kernels(q)
+    kernel = q(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(q(x), kernel)
+        use_emulation(q)
+        assert torch.equal(q(x), right)
 
 
 def test_double_precision_and_gradients():

@@ -10,8 +10,8 @@ from torch import nn
 from segquant_nb.dualscale import DualScale
 from segquant_nb.formats import Quantizer
 from segquant_nb.graph import example_from_pipeline, read_trace, record
-from segquant_nb.rotate import block_sizes, check_rotations, find_rotations, hadamard, random_signs, rotate_columns, rotated_state
-from segquant_nb.seglinear import Plan
+from segquant_nb.rotate import block_sizes, check_rotations, find_rotations, hadamard, random_signs, rotated_state
+from segquant_nb.seglinear import Plan, rotate_columns
 from segquant_nb.smooth import Fold, check_folds, find_folds, with_parameters
 from segquant_nb.zoo import load, noise_model
 

@@ -141,11 +141,23 @@ class Gpu:
 
 
 @contextmanager
+def _as_cupy(module):
+    "mock.patch.dict would forget everything else that is imported meanwhile, which torch.compile does not survive"
+    real = sys.modules.get('cupy')
+    sys.modules['cupy'] = module
+    try:
+        yield
+    finally:
+        if real is None: del sys.modules['cupy']
+        else: sys.modules['cupy'] = real
+
+
+@contextmanager
 def emulated_gpu(seed: int = 0, early_copies: bool = False, run: bool = True, capability: tuple[int, int] = (8, 0),
                  processors: int = 108):
     "Inside, kernels launch on CPU tensors; `run=False` only records"
     gpu = Gpu(seed, early_copies, run)
-    with (tempfile.TemporaryDirectory() as cache, mock.patch.dict(sys.modules, cupy=gpu.cupy()), mock.patch.dict(os.environ, XDG_CACHE_HOME=cache),
+    with (tempfile.TemporaryDirectory() as cache, _as_cupy(gpu.cupy()), mock.patch.dict(os.environ, XDG_CACHE_HOME=cache),
           mock.patch.multiple(cuda, _DEVICE='cpu', cuda_problem=lambda *_: None, _stream=lambda device: 0, _on=lambda device: nullcontext(), _capability=lambda device: capability,
                               _processors=lambda device: processors)):
         cuda.get_kernel.cache_clear()
