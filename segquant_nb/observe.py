@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'COUNTED', 'float_bins', 'bin_edges', 'row_keys', 'Stats', 'stats_of', 'plot_stats', 'ModelStats',
            'merge_stats', 'save_stats', 'load_stats', 'stats_bytes', 'collect_stats']
 
-# %% ../nbs/13_observe.ipynb #66d75040
+# %% ../nbs/13_observe.ipynb #86f6e993
 import functools
 import inspect
 import itertools
@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from .calibration import CalibSet
 from .formats import check_finite
-from .graph import Part, Semantics, _as_call, _as_it_was, denoiser
+from .graph import Part, Semantics, as_call, as_it_was, denoiser
 
 # %% ../nbs/13_observe.ipynb #2a7fda8f
 BINS = 4096  # one bit of sign, eight of exponent, three of mantissa
@@ -762,11 +763,11 @@ def _rows_that_fit(sizes: dict[str, tuple[int, int]], keep: int, memory: float |
 def _in_bytes(size: float) -> str:
     return f'{size/1e9:.1f} GB' if size >= 1e9 else f'{size/1e6:.1f} MB'
 
-# %% ../nbs/13_observe.ipynb #ab0097d9
+# %% ../nbs/13_observe.ipynb #7c90df7d
 def _run_sample(model: nn.Module, run: _Pass, item):
     "One call of the model, observed"
     where = f'sample {run.sample}'
-    try: args, kwargs = _as_call(item)
+    try: args, kwargs = as_call(item)
     except TypeError as problem: raise TypeError(f'{where}: {problem}') from None
     _check_arguments(model, args, kwargs, where)
     device = next((p.device for p in model.parameters()), torch.device('meta'))
@@ -780,7 +781,8 @@ def _run_sample(model: nn.Module, run: _Pass, item):
     _commit(run)
     if failed:
         raise RuntimeError(f'{where}: {type(model).__name__} stopped with {type(failed).__name__}: '
-                           f'{failed}. Was the set recorded from another model?') from failed
+                           f'{failed}. Was the set recorded from another model, or in another '
+                           'dtype?') from failed
 
 
 def _check_arguments(model: nn.Module, args: tuple, kwargs: dict, where: str):
@@ -808,7 +810,7 @@ def _look(run: _Pass, number: int, layer: nn.Module, args: tuple, kwargs: dict):
         raise ValueError(run.refusal)
     _take_in(run, number, x)
 
-# %% ../nbs/13_observe.ipynb #2a412093
+# %% ../nbs/13_observe.ipynb #211b2519
 def collect_stats(
     model: nn.Module,  # or a pipeline: its transformer or UNet
     calib_set: Iterable,  # samples: named arguments (a dict), (args, kwargs), arguments, a tensor
@@ -824,13 +826,16 @@ def collect_stats(
 ) -> ModelStats:
     "What arrives at the linear layers of a model, from one pass over a calibration set"
     model = _plain(model)
+    recorded = getattr(calib_set, 'dataset', calib_set)  # of a data loader
+    if isinstance(recorded, CalibSet): recorded.check(model)
     inputs = _find_inputs(model, layers)
+    if keep < 1: raise ValueError(f'keep={keep}: expected 1 row of each input, or more.')
     keep = _rows_that_fit(_sizes(model, inputs, hessian), keep, memory)
     run = _Pass(inputs, keep, hessian, seed)
     about = _about(model, run, calib_set, shard)
     _resume(run, about, folder)
     saved, took, latest = time.monotonic(), 0., None
-    with _as_it_was(model), torch.no_grad(), _eagerly():
+    with as_it_was(model), torch.no_grad(), _eagerly():
         model.eval()
         _watch(model, run)
         for run.sample, item in tqdm(_numbered(calib_set, about), 'observing', about['total'],
@@ -899,7 +904,7 @@ def _eagerly():
 def _all_stats(run: _Pass) -> Iterator[Stats]:
     return (s for n in range(len(run.inputs)) if (s := _stats_of(run, n)))
 
-# %% ../nbs/13_observe.ipynb #c7eed10d
+# %% ../nbs/13_observe.ipynb #a64cd460
 def _moved_out(run: _Pass) -> dict[str, Stats]:
     "The statistics of all inputs, and nothing left behind"
     found = {}
@@ -911,6 +916,8 @@ def _moved_out(run: _Pass) -> dict[str, Stats]:
 
 def _resume(run: _Pass, about: dict, folder: str | Path | None):
     "Take over what is in the folder, if anything"
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f'folder={str(folder)!r} is a file: expected a folder for the statistics.')
     if folder is None or not (Path(folder)/'stats.json').exists(): return
     state = _read_list(folder)
     _check_same(state['about'], about, f'{folder} holds statistics of another pass',

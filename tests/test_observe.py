@@ -370,6 +370,12 @@ def test_a_value_that_is_not_finite_is_named(value, dtype, tmp_path):
     assert all(same(resumed[layer], wanted[layer]) for layer in wanted)
 
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+def test_the_only_layer_names_what_it_sees(value):
+    with pytest.raises(ValueError, match='NaN or Inf in 1 of 4 channels, .* channel 2'):
+        collect(nn.Linear(4, 4), [torch.zeros(3, 4), torch.tensor([[0., 1., value, 2.]])])
+
+
 def test_what_overflows_inside_is_named_where_it_is_seen():
     model = Block()
     with torch.no_grad(): model.k.weight.mul_(1e38)
@@ -401,6 +407,24 @@ def test_sets_of_another_model():
     for empty in ([], iter([])):
         with pytest.raises(ValueError, match='calibration set is empty'): collect(model, empty)
     with pytest.raises(ValueError, match=r'shard=\(2, 2\)'): collect(model, calib_set(), shard=(2, 2))
+    with pytest.raises(ValueError, match='keep=0'): collect(model, calib_set(), keep=0)
+    with pytest.raises(ValueError, match='is a file'): collect(model, calib_set(), folder=__file__)
+
+
+def test_a_recorded_set_knows_its_model():
+    "Another model with the same signature and widths: nothing but the set can tell"
+    from segquant_nb.calibration import Uniform, generate_calibrate_set
+    from segquant_nb.zoo import load
+    from copy import deepcopy
+    flux = load('tiny-flux')
+    call = dict(progress=False, height=64, width=64, num_inference_steps=2, max_sequence_length=24)
+    recorded = generate_calibrate_set(flux, Uniform(2), ['a ring'], 'dit', **call)
+    shorter = deepcopy(flux.transformer)
+    del shorter.single_transformer_blocks[-1]
+    for samples in (recorded, recorded[:1], recorded.get_dataloader(2)):
+        assert collect(flux, samples, '*.proj_out').about['samples']
+        with pytest.raises(ValueError, match='this set was recorded from FluxTransformer2DModel'): collect(shorter, samples)
+    assert collect(shorter, [recorded[0]], '*.proj_out').about['samples'] == 1  # plain samples are anybody's
 
 
 def test_layers_that_are_not_there_or_not_called():
