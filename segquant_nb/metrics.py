@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'psnr', 'ssim', 'relative_error', 'answers', 'Judge', 'j
            'gaussian_distance', 'side_by_side', 'record_latents', 'latent_error', 'draw_latent_error', 'bootstrap',
            'LPIPS', 'FID', 'CLIPScore', 'ImageReward']
 
-# %% ../nbs/03_metrics.ipynb #c63b7a03
+# %% ../nbs/03_metrics.ipynb #9d897ab8
 import importlib
 from collections import OrderedDict
 from pathlib import Path
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scenes import (BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, TONES,
-                                Scene)
+                                Scene, check_pictures, check_same_shape, check_scenes)
 from .zoo import generate, read_weights
 
-# %% ../nbs/03_metrics.ipynb #a8d7240a
+# %% ../nbs/03_metrics.ipynb #84bd79e9
 def psnr(
     images: Tensor,  # (B, C, H, W) in [0, 1]
     reference: Tensor,  # the same shape
 ) -> Tensor:  # (B,) in dB; infinite where they are equal
     "Peak signal-to-noise ratio of each picture, peak 1"
-    _check_pictures(images, reference)
+    check_pictures(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return -10*error.log10()
 
@@ -38,7 +38,7 @@ def ssim(
     sigma: float = 1.5,  # of the Gaussian window of 11 pixels
 ) -> Tensor:  # (B,) from -1 to 1
     "Structural similarity of each picture, as Wang et al. (2004) define it, where the window fits"
-    _check_pictures(images, reference)
+    check_pictures(images, reference)
     if min(images.shape[-2:]) < 11:
         raise ValueError(f'SSIM looks through 11 by 11 pixels; the pictures are {images.shape[-2]} '
                          f'by {images.shape[-1]}.')
@@ -60,26 +60,11 @@ def relative_error(
     reference: Tensor,  # the same shape
 ) -> Tensor:  # (B,)
     "‖x − reference‖ / ‖reference‖ of each item"
-    _same_shape(x, reference)
+    check_same_shape(x, reference)
     x, reference = x.double().flatten(1), reference.double().flatten(1)
     return (x - reference).norm(dim=1)/reference.norm(dim=1)
 
-
-def _same_shape(a: Tensor, b: Tensor):
-    if a.shape != b.shape:
-        raise ValueError(f'cannot compare {tuple(a.shape)} with {tuple(b.shape)}: the same '
-                         'pictures, in the same order, are needed on both sides.')
-
-
-def _check_pictures(*sets: Tensor):
-    "Alike in shape, and from 0 to 1: what a wrong range does to a metric looks like a result"
-    for x in sets:
-        _same_shape(x, sets[0])
-        if not (x.is_floating_point() and x.min() >= 0 and x.max() <= 1):
-            raise ValueError("pictures need values from 0 to 1, as output_type='pt' gives them; "
-                             f'these are {x.dtype} from {x.min().item():g} to {x.max().item():g}.')
-
-# %% ../nbs/03_metrics.ipynb #efe9e782
+# %% ../nbs/03_metrics.ipynb #9c84f6b7
 QUESTIONS = {'layout': ('one thing', 'side by side', 'one above the other'),
              'tone': tuple(TONES), 'background': BACKGROUNDS,
              **{f'{field} {n}': tuple(options) for n in (1, 2) for field, options in
@@ -90,6 +75,7 @@ def answers(
     scenes: list[Scene],
 ) -> Tensor:  # (B, questions) indices into the options; -100 where there is no second thing
     "The right answers; thing 1 is the left or upper one, whichever the caption names first"
+    check_scenes(scenes)
     rows = []
     for s in scenes:
         dx, dy = RELATIONS[s.relation] if s.relation else (-1, 0)
@@ -150,15 +136,16 @@ def judge() -> Judge:
     model.load_state_dict(read_weights('judge'))
     return model
 
-# %% ../nbs/03_metrics.ipynb #b016b750
+# %% ../nbs/03_metrics.ipynb #10f626fe
 @torch.no_grad()
 def ask(
     judge: Judge,
     images: Tensor,  # (B, 3, 64, 64) in [0, 1]
     scenes: list[Scene],  # what they should show
 ) -> dict[str, Tensor]:  # (B,) each: shape, color, texture, size, relation, background, …
-    "The share of a caption that a picture has right; swapped things are wrong in relation only"
-    _check_pictures(images)
+    "What of a caption is right; swapped things err in relation only, NaN where there is none"
+    check_pictures(images)
+    check_scenes(scenes)
     if len(images) != len(scenes):
         raise ValueError(f'{len(images)} pictures and {len(scenes)} scenes: one each is needed.')
     found = torch.stack([scores.argmax(1) for scores in judge(images)], 1)
@@ -170,9 +157,10 @@ def ask(
     hit = hit.masked_fill(right < 0, torch.nan)
     fields = dict.fromkeys(name.split()[0] for name in QUESTIONS)
     result = {f: hit[:, [n.startswith(f) for n in QUESTIONS]].nanmean(1) for f in fields}
-    return result | {'relation': result['layout']*~turn}
+    relation = (result['layout']*~turn).masked_fill(right[:, -1] < 0, torch.nan)
+    return result | {'relation': relation}
 
-# %% ../nbs/03_metrics.ipynb #ea73659e
+# %% ../nbs/03_metrics.ipynb #887b1272
 @torch.no_grad()
 def perceptual(
     judge: Judge,
@@ -180,7 +168,7 @@ def perceptual(
     reference: Tensor,  # the same shape
 ) -> Tensor:  # (B,) 0 for equal pictures
     "Distance of the directions of the judge's features, mean over places, summed over stages"
-    _check_pictures(images, reference)
+    check_pictures(images, reference)
     pairs = zip(judge.features(images), judge.features(reference))
     return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
                for a, b in pairs)
@@ -193,7 +181,7 @@ def frechet(
     real: Tensor,  # (any number, 3, 64, 64) real pictures, never generated ones
 ) -> float:  # 0 for the same distribution
     "Fréchet distance of two sets of pictures, taking the judge's last features for normal"
-    for some in (images, real): _check_pictures(some)
+    for some in (images, real): check_pictures(some)
     return gaussian_distance(*(judge.features(x)[-1].mean((2, 3)) for x in (images, real)))
 
 
@@ -212,7 +200,7 @@ def gaussian_distance(
     cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2*cross).item()
 
-# %% ../nbs/03_metrics.ipynb #5cf65c2c
+# %% ../nbs/03_metrics.ipynb #61601467
 def side_by_side(
     reference: Tensor,  # (B, 3, H, W) in [0, 1]
     images: Tensor,  # the same shape
@@ -221,36 +209,41 @@ def side_by_side(
 ):  # a Matplotlib figure
     "Reference, result and amplified difference, in three rows"
     from matplotlib.figure import Figure
-    _same_shape(images, reference)
+    check_pictures(images, reference, channels=3)
+    if titles and len(titles) != len(images):
+        raise ValueError(f'{len(titles)} titles and {len(images)} pictures: one each is needed.')
     rows = {'reference': reference, 'result': images,
             f'difference × {strength:g}': .5 + strength*(images - reference)}
     fig = Figure(figsize=(1.5*len(images) + .3, 4.7))
     axes = fig.subplots(3, len(images), squeeze=False)
-    for line, (name, row) in zip(axes, rows.items()):
+    for i, (line, (name, row)) in enumerate(zip(axes, rows.items())):
         line[0].set_ylabel(name, fontsize=8)
         for n, (ax, image) in enumerate(zip(line, row)):
             pixels = image.float().permute(1, 2, 0).clamp(0, 1).cpu().numpy()
             ax.imshow(pixels, interpolation='nearest')
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if titles and line is axes[0]: ax.set_title(titles[n], fontsize=8)
+            if titles and i == 0: ax.set_title(titles[n], fontsize=8)
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/03_metrics.ipynb #2e611f13
+# %% ../nbs/03_metrics.ipynb #d1721815
 def record_latents(
     pipe,  # SD3.5, FLUX, SDXL or a ControlNet twin; of the zoo or not
     prompts: list[str],
     seed: int = 0,  # picture i starts from seed + i
-    **options,  # of `generate`, and through it of the pipeline's call
+    **options,  # of `generate` and the pipeline's call; a callback may change the latents
 ) -> Tensor:  # (B, steps, …) as the pipeline shapes its latents, on the CPU
     "The latents after each denoising step"
-    batches = []
+    batches, theirs = [], options.pop('callback_on_step_end', None)
+    inputs = options.pop('callback_on_step_end_tensor_inputs', [])
     def keep(pipe, step, time, given):
         if step == 0: batches.append([])
-        batches[-1].append(given['latents'].to('cpu', copy=True))
-        return {}  # nothing to change
-    options = dict(callback_on_step_end=keep, output_type='latent') | options
-    generate(pipe, prompts, seed, **options)
+        changed = theirs(pipe, step, time, given) if theirs else {}  # what is recorded, too
+        batches[-1].append(changed.get('latents', given['latents']).to('cpu', copy=True))
+        return changed
+    options = dict(output_type='latent') | options
+    generate(pipe, prompts, seed, callback_on_step_end=keep,
+             callback_on_step_end_tensor_inputs=list({'latents', *inputs}), **options)
     return torch.cat([torch.stack(steps, 1) for steps in batches])
 
 
@@ -259,7 +252,7 @@ def latent_error(
     reference: Tensor,  # the same of the unquantized model, from the same seeds
 ) -> Tensor:  # (B, steps)
     "Relative error of the latents of each picture after each step"
-    _same_shape(latents, reference)
+    check_same_shape(latents, reference)
     each = relative_error(latents.flatten(0, 1), reference.flatten(0, 1))
     return each.view(latents.shape[:2])
 
@@ -281,7 +274,7 @@ def draw_latent_error(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/03_metrics.ipynb #f8a96905
+# %% ../nbs/03_metrics.ipynb #e4a2351c
 def bootstrap(
     values: Tensor,  # (B,) one value a picture
     confidence: float = .95,
@@ -289,18 +282,25 @@ def bootstrap(
     seed: int = 0,
 ) -> tuple[float, float, float]:  # mean, and the ends of its interval
     "The mean, and how far it could be off because these pictures and no others were drawn"
-    values = values.detach().cpu().double().flatten()
+    values = values.detach().cpu().double()
+    if values.ndim != 1:
+        raise ValueError(f'values of shape {tuple(values.shape)}: expected one for each picture, '
+                         'such as a column error[:, -1].')
     if not len(values): raise ValueError('no values: there is no mean of nothing.')
     if odd := int((~values.isfinite()).sum()):
         raise ValueError(f'{odd} of {len(values)} values are not finite, so their mean is not '
-                         'either: the PSNR of equal pictures is infinite, count those apart.')
+                         'either: the PSNR of equal pictures is infinite, count those apart; '
+                         'where nothing was asked there is NaN, leave those out.')
+    if not 0 < confidence < 1 or draws < 1:
+        raise ValueError(f'confidence={confidence}, draws={draws}: expected a share between 0 and '
+                         '1, such as .95, and one draw at least.')
     g = torch.Generator().manual_seed(seed)
     means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(1)
     rest = (1 - confidence)/2
     low, high = means.quantile(torch.tensor([rest, 1 - rest], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 
-# %% ../nbs/03_metrics.ipynb #e28fd6f5
+# %% ../nbs/03_metrics.ipynb #08eabdcb
 def _optional(who: str, *names: str):  # the modules
     "Import what only some users have"
     try: return [importlib.import_module(name) for name in names]
@@ -331,7 +331,7 @@ def _from_hub(who: str, read, name: str, **more):  # what `read` makes of it
 
 def _eight_bits(images: Tensor) -> Tensor:  # the same in 0, 1, …, 255
     "As the networks were trained: on files"
-    _check_pictures(images)
+    check_pictures(images)
     return (images*255).round().byte()
 
 
@@ -341,7 +341,7 @@ def _one_each(images: Tensor, prompts: list[str]):
         raise ValueError(f'{len(images)} pictures and {count} prompts: a list with one for each '
                          'picture is needed.')
 
-# %% ../nbs/03_metrics.ipynb #f2b713e4
+# %% ../nbs/03_metrics.ipynb #8ae17f8c
 class LPIPS(nn.Module):
     "Learned perceptual distance of pictures, by torchmetrics"
     def __init__(
@@ -362,7 +362,7 @@ class LPIPS(nn.Module):
         images: Tensor,  # (B, 3, H, W) in [0, 1]
         reference: Tensor,  # the same shape
     ) -> Tensor:  # (B,) 0 for equal pictures
-        _check_pictures(images, reference)
+        check_pictures(images, reference)
         return self.network(images.float(), reference.float(), normalize=True).flatten()
 
 # %% ../nbs/03_metrics.ipynb #1821f77d

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'TEXTURES', 'SIZES', 'RELATIONS', 'TONES', 'BACKGROUNDS', 'SIDE', 'SYNONYMS', 'Thing', 'Scene',
-           'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'scene_table', 'draw_table', 'edges',
-           'edge_overlap', 'scene_batch']
+           'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'check_scenes', 'scene_table',
+           'draw_table', 'check_pictures', 'check_same_shape', 'edges', 'edge_overlap', 'scene_batch']
 
 # %% ../nbs/01_scenes.ipynb #7b676d86
 import random
@@ -153,7 +153,7 @@ def _grain(seeds: Tensor, side: int = SIDE) -> Tensor:
     noise = ((h ^ (h >> 16)).double()/2**32).float().view(-1, side//2, side//2)
     return noise.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
-# %% ../nbs/01_scenes.ipynb #332968a3
+# %% ../nbs/01_scenes.ipynb #55318be2
 def _texture(x: Tensor, y: Tensor, grain: Tensor) -> Tensor:
     "How light each pixel is, 0 to 1, for each texture of `TEXTURES`, stacked in front"
     def wave(v, period): return torch.sin(v*(2*torch.pi/period))
@@ -172,10 +172,19 @@ def render(
     return draw_table(scene_table(scenes).to(device))
 
 
+def check_scenes(scenes: list[Scene]):
+    "Refuse what is no list of scenes"
+    if not isinstance(scenes, list) or not scenes or not all(hasattr(s, 'things') for s in scenes):
+        found = [type(s).__name__ for s in scenes] if isinstance(scenes, list) else scenes
+        raise ValueError('expected a list with at least one Scene, as sample_scene makes them; '
+                         f'given: {str(found)[:60]}.')
+
+
 def scene_table(
     scenes: list[Scene],
 ) -> Tensor:  # (B, 15) float64
     "Grain, tone, background; then x, y, size, color, texture, shape of each thing"
+    check_scenes(scenes)
     def row(s):
         things = [v for t in s.things for v in (
             t.x, t.y, SIZES[t.size], list(COLORS).index(t.color), TEXTURES.index(t.texture),
@@ -214,13 +223,40 @@ def _pick(options: Tensor, which: Tensor) -> Tensor:
     "options[which[b], b] for every b of the batch"
     return options[which, torch.arange(len(which), device=which.device)]
 
-# %% ../nbs/01_scenes.ipynb #a463ac8b
+# %% ../nbs/01_scenes.ipynb #b799ab5b
+def check_pictures(
+    *sets: Tensor,  # (B, C, H, W) each, all of one shape
+    channels: int | None = None,  # how many they need; None: any number
+):
+    "Refuse what are no pictures in [0, 1], or cannot be compared"
+    want = f"(B, {channels or 'C'}, H, W)"
+    for x in sets:
+        found = f'a {type(x).__name__}'
+        if isinstance(x, Tensor):
+            found = f'a {x.dtype} tensor of shape {tuple(x.shape)}'
+            if x.ndim == 4 and x.numel() and x.is_floating_point():
+                low, high = x.min().item(), x.max().item()
+                if 0 <= low and high <= 1 and channels in (None, x.shape[1]): continue
+                found += f' from {low:g} to {high:g}'
+        raise ValueError(f"pictures are a floating-point tensor of shape {want}, from 0 to 1, as "
+                         f"output_type='pt' gives them; this is {found}.")
+    for x in sets[1:]: check_same_shape(x, sets[0])
+
+
+def check_same_shape(a: Tensor, b: Tensor):
+    "Refuse to compare what has no partner"
+    if a.shape != b.shape:
+        raise ValueError(f'cannot compare {tuple(a.shape)} with {tuple(b.shape)}: the same '
+                         'pictures, in the same order, are needed on both sides.')
+
+# %% ../nbs/01_scenes.ipynb #0d2355fc
 def edges(
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     low: int = 60,  # a weaker gradient is no edge
     high: int = 160,  # a stronger one is; in between, if connected to a stronger one
 ) -> Tensor:  # (B, 3, H, W), 0 or 1, the same in all three channels
     "Canny edges, as the condition of a ControlNet"
+    check_pictures(images, channels=3)
     try: import cv2
     except ImportError as error:
         raise ImportError('edges() needs OpenCV: pip install opencv-python-headless') from error
@@ -228,12 +264,17 @@ def edges(
     found = [torch.from_numpy(cv2.Canny(cv2.GaussianBlur(p, (3, 3), 0), low, high)) for p in pixels]
     return (torch.stack(found)[:, None] > 0).to(images).expand(-1, 3, -1, -1)
 
-# %% ../nbs/01_scenes.ipynb #b5929c48
+# %% ../nbs/01_scenes.ipynb #f1aa4289
 def edge_overlap(
     found: Tensor,  # (B, 3, H, W) from `edges`
     wanted: Tensor,  # the same
 ) -> Tensor:  # (B,) F-scores, 1 where both are the same
     "How much of each edge map lies within a pixel of the other"
+    check_pictures(found, wanted)
+    for x in (found, wanted):
+        if not ((x == 0) | (x == 1)).all():
+            raise ValueError('edge_overlap compares edges, which are 0 or 1; for pictures, call '
+                             'edges() first.')
     def near(a, b):
         wide = torch.nn.functional.max_pool2d(b, 3, 1, 1)
         return ((a*wide).sum((1, 2, 3)) + 1e-9)/(a.sum((1, 2, 3)) + 1e-9)

@@ -7,7 +7,8 @@ __all__ = ['TEXT_LENGTH', 'WIDTH', 'LATENT_CHANNELS', 'FAMILIES', 'WEIGHTS', 'cl
            'clip_encoder', 't5_encoder', 'parameters', 'autoencoder', 'sd35_transformer', 'flux_transformer',
            'sdxl_unet', 'build', 'noise_model', 'controlnet_for', 'with_controlnet', 'read_weights', 'load', 'generate']
 
-# %% ../nbs/02_zoo.ipynb #7502b70c
+# %% ../nbs/02_zoo.ipynb #3f0f4996
+import copy
 import hashlib
 import inspect
 import json
@@ -21,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .scenes import vocabulary
+from .scenes import check_pictures, vocabulary
 
-# %% ../nbs/02_zoo.ipynb #a285ff25
-TEXT_LENGTH = 24  # tokens; the longest caption has 21
+# %% ../nbs/02_zoo.ipynb #be61e564
+TEXT_LENGTH = 24  # tokens of a prompt, with those for its ends; the longest caption has 20
 
 
 def clip_tokenizer():  # a transformers.CLIPTokenizer
@@ -121,7 +122,7 @@ def parameters(module: nn.Module) -> int:
     "How many parameters a module has"
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/02_zoo.ipynb #2cd847cd
+# %% ../nbs/02_zoo.ipynb #86570931
 LATENT_CHANNELS = 16
 
 
@@ -133,7 +134,7 @@ def autoencoder() -> nn.Module:  # a diffusers.AutoencoderKL
         block_out_channels=(32, 48, 64), layers_per_block=1, norm_num_groups=8, sample_size=64,
         latent_channels=LATENT_CHANNELS, mid_block_add_attention=False, use_quant_conv=False,
         use_post_quant_conv=False, force_upcast=False,
-        scaling_factor=.9775, shift_factor=.03).eval()  # as measured after training
+        scaling_factor=.9775, shift_factor=.03).eval()  # of the latents that the denoisers learned
 
 # %% ../nbs/02_zoo.ipynb #cfaedbb0
 def sd35_transformer() -> nn.Module:  # a diffusers.SD3Transformer2DModel
@@ -220,12 +221,24 @@ def noise_model(pipe) -> nn.Module:
     "What a pipeline calls at every step: its transformer or its UNet"
     return pipe.transformer if getattr(pipe, 'transformer', None) is not None else pipe.unet
 
-# %% ../nbs/02_zoo.ipynb #e104ad38
+# %% ../nbs/02_zoo.ipynb #4cd3c317
+_TWINS = {  # pipeline → its twin with a ControlNet, and the class of that
+    'StableDiffusion3Pipeline': ('StableDiffusion3ControlNetPipeline', 'SD3ControlNetModel'),
+    'FluxPipeline': ('FluxControlNetPipeline', 'FluxControlNetModel'),
+    'StableDiffusionXLPipeline': ('StableDiffusionXLControlNetPipeline', 'ControlNetModel')}
+
+
+def _twin_of(pipe) -> tuple[str, str]:
+    if (kind := type(pipe).__name__) in _TWINS: return _TWINS[kind]
+    raise ValueError(f'a ControlNet is made for one of {", ".join(_TWINS)}; given: {kind}.')
+
+
 def controlnet_for(
     pipe,  # of the zoo
 ) -> nn.Module:  # an SD3ControlNetModel, FluxControlNetModel or ControlNetModel
     "A ControlNet that changes nothing yet: first blocks copied, outputs zero"
     from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
+    _twin_of(pipe)
     model, kind = noise_model(pipe), type(pipe).__name__
     if kind == 'StableDiffusionXLPipeline':  # its edges are pixels, four times the latent's side
         channels = (16, 32, 48)  # one halving between two of them
@@ -250,9 +263,10 @@ def with_controlnet(
 ):  # the ControlNet twin of the pipeline, made of the same parts
     "The pipeline that takes edges as well as a prompt"
     import diffusers
-    twin = {'StableDiffusion3Pipeline': 'StableDiffusion3ControlNetPipeline',
-            'FluxPipeline': 'FluxControlNetPipeline',
-            'StableDiffusionXLPipeline': 'StableDiffusionXLControlNetPipeline'}[type(pipe).__name__]
+    twin, wanted = _twin_of(pipe)
+    if (found := type(controlnet).__name__) in {c for _, c in _TWINS.values()} - {wanted}:
+        raise ValueError(f'{twin} takes an instance of {wanted}; given: {found}, which belongs '
+                         'to another family.')
     more = {'add_watermarker': False} if 'XL' in twin else {}
     parts = {k: v for k, v in pipe.components.items()
              if k not in ('image_encoder', 'feature_extractor')}
@@ -260,7 +274,7 @@ def with_controlnet(
     result.set_progress_bar_config(disable=True)
     return result
 
-# %% ../nbs/02_zoo.ipynb #b8c7786b
+# %% ../nbs/02_zoo.ipynb #e72bccd8
 WEIGHTS = Path(find_spec('segquant_nb').origin).parent/'weights'
 
 
@@ -270,11 +284,15 @@ def read_weights(
 ) -> dict[str, Tensor]:  # a state dict, float32
     "Weights that come with the package, after a look at their checksum"
     from safetensors.torch import load
-    path = Path(folder)/f'{name}.safetensors'
-    known = json.loads((Path(folder)/'weights.json').read_text(encoding='utf-8'))
+    path, listing = Path(folder)/f'{name}.safetensors', Path(folder)/'weights.json'
+    if not listing.is_file():
+        raise FileNotFoundError(f'{listing.parent} holds no weights of the zoo: there is no '
+                                'weights.json in it. Leave `folder` out for those that came with '
+                                'the package.')
+    known = json.loads(listing.read_text(encoding='utf-8'))
     if name not in known or not path.is_file():
-        raise FileNotFoundError(f'{path.name} is not among the weights of this installation '
-                                f'({", ".join(known)}): install segquant_nb again.')
+        raise FileNotFoundError(f'{path.name} is not there: the weights have {", ".join(known)}. '
+                                'If it should be, install segquant_nb again.')
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != known[name]['sha256']:
         raise ValueError(f'{path.name} is damaged: it has {len(content)} bytes and not the '
@@ -288,21 +306,24 @@ def load(
     controlnet: bool = False,  # the twin that takes edges as well
     dtype: torch.dtype = torch.float32,
     denoiser: bool = True,  # False: leave the transformer or UNet random, to train it
+    folder: str | Path = WEIGHTS,  # where the weights are
 ):  # a StableDiffusion3Pipeline, FluxPipeline or StableDiffusionXLPipeline, or its ControlNet twin
     "A trained pipeline, an ordinary one of diffusers; no network, no files but the package's own"
     pipe = build(name)
-    text = read_weights('text')
-    def part(prefix):
+    text = read_weights('text', folder)
+    def encoder(prefix):
         return {k.removeprefix(prefix): v for k, v in text.items() if k.startswith(prefix)}
-    _fill(pipe.text_encoder, part('clip.'))
-    _fill(pipe.text_encoder_2, part('t5.' if name == 'tiny-flux' else 'clip2.'))
-    pipe.vae.load_state_dict(read_weights('vae'))
-    if denoiser: noise_model(pipe).load_state_dict(read_weights(name))
+    _fill(pipe.text_encoder, encoder('clip.'))
+    _fill(pipe.text_encoder_2, encoder('t5.' if name == 'tiny-flux' else 'clip2.'))
+    pipe.vae.load_state_dict(read_weights('vae', folder))
+    if denoiser: noise_model(pipe).load_state_dict(read_weights(name, folder))
     if controlnet:
         net = controlnet_for(pipe)
-        net.load_state_dict(read_weights(f'{name}-controlnet'))
+        net.load_state_dict(read_weights(f'{name}-controlnet', folder))
         pipe = with_controlnet(pipe, net)
-    return pipe.to(dtype) if dtype != torch.float32 else pipe
+    for part in pipe.components.values():  # pipe.to(dtype) warns of layers that are not there
+        if isinstance(part, nn.Module): nn.Module.to(part, dtype)
+    return pipe
 
 
 def _fill(encoder: nn.Module, weights: dict[str, Tensor]):
@@ -310,7 +331,55 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor]):
     plain = {k.removeprefix('text_model.'): v for k, v in weights.items()}
     encoder.load_state_dict({k: plain[k.removeprefix('text_model.')] for k in encoder.state_dict()})
 
-# %% ../nbs/02_zoo.ipynb #815b7111
+# %% ../nbs/02_zoo.ipynb #772e1d3a
+def _readable(pipe, texts: list[str]) -> tuple[list[str], list[str]]:
+    "Texts in small letters, as many words as every tokenizer has room for; and the words left out"
+    tokenizers = [t for k, t in pipe.components.items() if k.startswith('tokenizer') and t]
+    def fits(text):
+        ids = (t(text, truncation=True, max_length=TEXT_LENGTH + 1).input_ids for t in tokenizers)
+        return all(len(i) <= TEXT_LENGTH for i in ids)
+    read, lost = [], []
+    for text in texts:
+        if not fits(text):
+            words, n = text.split(), 0
+            while fits(' '.join(words[:n + 1])): n += 1
+            text, lost = ' '.join(words[:n]), lost + words[n:]
+        read.append(text.lower())  # CLIP's tokenizer does that, T5's does not
+    return read, lost
+
+
+def _for_the_zoo(pipe, prompts: list[str], options: dict) -> tuple[list[str], dict]:
+    "Prompts and other texts as the zoo reads them; a warning says what it makes nothing of"
+    if unknown := unknown_words(prompts): warnings.warn(_said_of(unknown), stacklevel=4)
+    prompts, lost = _readable(pipe, prompts)
+    texts = {k: v for k, v in options.items() if k.startswith(('prompt', 'negative_prompt'))
+             and isinstance(v, (str, list))}
+    for k, v in texts.items():
+        read, more = _readable(pipe, [v] if isinstance(v, str) else v)
+        options, lost = options | {k: read[0] if isinstance(v, str) else read}, lost + more
+    if lost:
+        more = f' and {len(lost) - 5} words more' if len(lost) > 5 else ''
+        warnings.warn(f'the zoo reads {TEXT_LENGTH - 2} tokens of a prompt (a known word is one, '
+                      'and so is each letter of another): it leaves out '
+                      f'{" ".join(w[:20] for w in lost[:5])!r}{more}.', stacklevel=4)
+    return prompts, options
+
+# %% ../nbs/02_zoo.ipynb #55b38ab2
+def _drawing(pipe, generator):  # the pipeline, or one with the same parts
+    "SD3's ControlNet pipeline encodes edges with noise of each picture's own, as others do"
+    if type(pipe).__name__ != 'StableDiffusion3ControlNetPipeline': return pipe
+    copied, vae = copy.copy(pipe), copy.copy(pipe.vae)
+    if isinstance(generator, list): generator = generator*2  # guidance encodes the edges twice
+
+    def encode(x, **options):
+        found = pipe.vae.encode(x, **options)
+        sample = found.latent_dist.sample
+        found.latent_dist.sample = lambda: sample(generator)
+        return found
+    vae.encode, copied.vae = encode, vae
+    return copied
+
+
 @torch.no_grad()
 def generate(
     pipe,  # a pipeline of the zoo, or another one of its class
@@ -318,46 +387,59 @@ def generate(
     seed: int = 0,  # picture i starts from seed + i
     batch: int = 16,  # pictures at once
     edges: Tensor | None = None,  # (B, 3, H, W), for a ControlNet pipeline
-    **options,  # of the pipeline's call, e.g. num_inference_steps
-) -> Tensor:  # (B, 3, H, W) in [0, 1]
-    "Pictures for prompts, each from a seed of its own; a warning names words the zoo never saw"
+    **options,  # of the pipeline's call; a list of prompts or generators has one for each picture
+) -> Tensor:  # (B, 3, H, W) in [0, 1], or latents with output_type='latent'
+    "Pictures for prompts, each from a seed of its own; warnings name words that do not count"
     given = inspect.signature(pipe.__call__).parameters
-    _check_call(pipe, prompts, edges)
-    if pipe.tokenizer.model_max_length == TEXT_LENGTH:  # one of ours
-        if unknown := unknown_words(prompts): warnings.warn(_said_of(unknown), stacklevel=3)
-        prompts = [p.lower() for p in prompts]  # CLIP's tokenizer does that, T5's does not
+    ours = pipe.tokenizer.model_max_length == TEXT_LENGTH
+    if ours:
         options = dict(height=64, width=64) | options
         if 'max_sequence_length' in given: options = dict(max_sequence_length=TEXT_LENGTH) | options
+    _check_call(pipe, prompts, batch, edges, options)
+    if ours: prompts, options = _for_the_zoo(pipe, prompts, options)
     images = []
     for start in range(0, len(prompts), batch):
-        some = prompts[start:start + batch]
-        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
-        if edges is not None:
-            lines = edges[start:start + batch]
-            # SD3's and FLUX's hand a tensor to the autoencoder as it is, which expects -1 to 1
-            options |= dict(control_image=lines*2 - 1) if 'control_image' in given else dict(
-                image=lines)
-        call = dict(generator=noise, output_type='pt') | options
-        # SD3's ControlNet pipeline draws from the global generator when it encodes the edges
-        with torch.random.fork_rng([pipe.device] if pipe.device.type == 'cuda' else []):
-            torch.manual_seed(seed + start)
-            images.append(pipe(some, **call).images)
+        some = slice(start, start + batch)
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))[some]]
+        call = dict(generator=noise, output_type='pt')
+        call |= {k: v[some] if _is_one_each(k, v) else v for k, v in options.items()}
+        if edges is not None:  # SD3's and FLUX's autoencoder sees them, and expects -1 to 1
+            call |= dict(control_image=edges[some]*2 - 1) if 'control_image' in given else dict(
+                image=edges[some])
+        images.append(_drawing(pipe, call['generator'])(prompts[some], **call).images)
     return torch.cat(images).float()
 
 
-def _check_call(pipe, prompts: list[str], edges: Tensor | None):
+def _is_one_each(name: str, value) -> bool:
+    "Is this option of a pipeline's call a list or tensor with an entry for each prompt?"
+    return isinstance(value, (list, Tensor)) and (name in ('latents', 'generator')
+                                                  or 'prompt' in name)
+
+
+def _check_call(pipe, prompts: list[str], batch: int, edges: Tensor | None, options: dict):
     "Say what is wrong before the pipeline does, which would be many calls deeper"
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f'prompts={prompts!r}: expected a list with at least one prompt.')
+    if batch < 1: raise ValueError(f'batch={batch}: expected how many pictures to draw at once.')
+    if (kind := options.get('output_type', 'pt')) not in ('pt', 'latent'):
+        raise ValueError(f"output_type={kind!r}: generate gives tensors, 'pt' or 'latent'; call "
+                         'the pipeline itself for other kinds.')
+    if (many := options.get('num_images_per_prompt', 1)) != 1:
+        raise ValueError(f'num_images_per_prompt={many}: generate draws one picture for a prompt, '
+                         'from a seed of its own; write the prompt several times.')
+    for k, v in options.items():
+        if _is_one_each(k, v) and len(v) != len(prompts):
+            raise ValueError(f'{k} has {len(v)} entries: expected one for each of '
+                             f'{len(prompts)} prompts.')
     name, takes_edges = type(pipe).__name__, 'controlnet' in pipe.components
     if edges is not None and not takes_edges:
         raise ValueError(f'{name} takes no edges: load it with controlnet=True.')
     if not takes_edges: return
-    found = 'none' if edges is None else f'a {type(edges).__name__}'
-    if isinstance(edges, Tensor):
-        found = f'a {edges.dtype} tensor of shape {tuple(edges.shape)}'
-        if edges.shape[:-2] == (len(prompts), 3) and edges.is_floating_point():
-            if edges.numel() and 0 <= edges.min() and edges.max() <= 1: return
-            found += f' from {edges.min().item():g} to {edges.max().item():g}'
-    raise ValueError(f'{name} needs edges of shape ({len(prompts)}, 3, height, width), floating '
-                     f'point from 0 to 1, a picture for each prompt; given: {found}.')
+    if edges is None:
+        raise ValueError(f'{name} needs edges, as segquant_nb.scenes.edges gives them: one for '
+                         'each prompt.')
+    check_pictures(edges, channels=3)
+    size = options.get('height', edges.shape[2]), options.get('width', edges.shape[3])
+    if tuple(edges.shape) != (len(prompts), 3, *size):
+        raise ValueError(f'edges have shape {tuple(edges.shape)}: {name} needs them as large as '
+                         f'the pictures, {(len(prompts), 3, *size)}.')
