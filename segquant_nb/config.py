@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Optimum', 'Calibrate', 'AlphaSearch', 'Improvement', 'Rounding', 'Tensors', 'LayerConfig', 'merge_config',
            'Config', 'read_config', 'plan_layer', 'LayerPlan', 'Explanation', 'explain']
 
-# %% ../nbs/50_config.ipynb #fc102253
+# %% ../nbs/50_config.ipynb #896af5da
 import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -20,10 +20,12 @@ from torch import nn
 from .dualscale import DualScale
 from .formats import DType, Quantizer
 from .graph import LayerSemantics, SegPattern, Semantics, analyze, denoiser
+from .lowrank import rank_for_bytes
 from .quartz import Quartz
+from .rotate import block_sizes
 from .seglinear import Plan, granules, plan_for
 
-# %% ../nbs/50_config.ipynb #0fd38b53
+# %% ../nbs/50_config.ipynb #304a24a4
 class Optimum(Enum):
     "What is done to a weight before it is rounded"
     DEFAULT = 'default'  # nothing
@@ -72,7 +74,7 @@ class Rounding:
     "`calib`"
     type: Calibrate = Calibrate.AMAX
     blocksize: int = _within(128, 1)  # columns that GPTQ treats together
-    percdamp: float = _within(.01, 0, 1)  # of the mean of the Hessian's diagonal
+    percdamp: float = _within(.01, 1e-9, 1)  # of the mean of the Hessian's diagonal
     actorder: bool = False  # columns with large inputs first
     groupsize: int | None = _within(None, -1)  # columns that share a weight scale; None, -1: all
     clip_search: bool = False  # search the range of the weight that costs least
@@ -102,7 +104,7 @@ class LayerConfig:
     input_quant: Tensors = Tensors()
     weight_quant: Tensors = Tensors()
 
-# %% ../nbs/50_config.ipynb #2ea7860f
+# %% ../nbs/50_config.ipynb #93533444
 def merge_config(
     base: LayerConfig,
     entry: dict,  # fields that differ
@@ -124,8 +126,9 @@ def merge_config(
 
 
 def _nearest(word: str, known) -> str:
-    close = get_close_matches(str(word), list(known), n=1)
-    return f' Did you mean {close[0]!r}?' if close else ''
+    spelled = {str(k).lower(): k for k in known}
+    close = get_close_matches(str(word).lower(), list(spelled), n=1)
+    return f' Did you mean {spelled[close[0]]!r}?' if close else ''
 
 
 def _value(value, known, where: str):
@@ -149,12 +152,14 @@ def _member(value, kind, where: str):
     "An enum's member from itself, its name or its value"
     for m in kind:
         if value is m or str(value).lower() in (m.name.lower(), str(m.value)): return m
-    if kind is DType: return DType(value)  # it knows a few more names, and how to say no
+    if kind is DType:  # it knows a few more names, and how to say no
+        try: return DType(value)
+        except ValueError as e: raise ValueError(f'{where}: {e}') from None
     names = [m.value for m in kind]
     raise ValueError(f'{where}={value!r} is not one of {", ".join(names)}.'
                      f'{_nearest(str(value).lower(), names)}')
 
-# %% ../nbs/50_config.ipynb #984483b6
+# %% ../nbs/50_config.ipynb #8612d84d
 @dataclass(frozen=True)
 class Config:
     "A default and its exceptions"
@@ -172,7 +177,7 @@ class Config:
         for pattern, _ in self.patterns:
             matches = {n for n in layers if fnmatchcase(n, pattern)}
             if not matches:
-                close = _nearest(pattern, layers)
+                close = _nearest(pattern, [*layers, 'default'])
                 found.append(f'the pattern {pattern!r} matches no layer.{close}')
             elif matches <= taken:
                 found.append(f'the pattern {pattern!r} never applies: earlier patterns match all '
@@ -193,6 +198,8 @@ def read_config(
         raise TypeError(f'a configuration is a dict, the name of a preset or a YAML file, not '
                         f'{type(config).__name__}.')
     default = merge_config(LayerConfig(), config.get('default', {}), 'default')
+    odd = next((p for p in config if not isinstance(p, str)), None)
+    if odd is not None: raise TypeError(f'{odd!r}: expected "default" or a pattern of names.')
     patterns = [(p, merge_config(default, entry, p)) for p, entry in config.items()
                 if p != 'default']
     for where, entry in (('default', default), *patterns): _check_together(entry, where)
@@ -202,15 +209,43 @@ def read_config(
 def _named(config: str | Path) -> dict:
     "The dict of a preset, or what a YAML file says"
     if str(config) in PRESETS: return PRESETS[str(config)]
+    if str(config) == 'auto':
+        raise ValueError("'auto' wants a budget: config=segquant_nb.auto.Auto(bits=5), for "
+                         'example.')
     path = Path(config)
     if path.suffix not in ('.yaml', '.yml'):
         raise ValueError(f'{str(config)!r} is no preset.{_nearest(config, PRESETS)} There are '
                          f'{", ".join(PRESETS)}; or give a dict, or a file that ends in .yaml.')
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}.')
+    found = _read_yaml(path)
+    if isinstance(found, dict): return found
+    raise TypeError(f'{path} holds a {type(found).__name__}: expected "default: …" and patterns.')
+
+
+def _read_yaml(path: Path):
+    "What a file says, if it says nothing twice"
     import yaml
-    try: return yaml.safe_load(path.read_text(encoding='utf-8'))
-    except yaml.YAMLError as e:
-        raise ValueError(f'{path} is not YAML: {e}') from None
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            twice = next((k for k in keys if keys.count(k) > 1), None)
+            if twice is not None: raise yaml.YAMLError(f'{twice!r} is given twice')
+            return super().construct_mapping(node, deep)
+    try: return yaml.load(path.read_text(encoding='utf-8'), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is not YAML: {" ".join(str(e).split())}') from None
+
+
+def _quantizers(config: LayerConfig) -> tuple:
+    "For inputs, for asymmetric inputs if they are treated otherwise, and for the weight"
+    x, w, lopsided = config.input_quant, config.weight_quant, None
+    how = dict(axis=x.axis, dynamic=x.dynamic, clip=x.clip, percentile=x.percentile)
+    if x.quartz: activation = Quartz(group=x.quartz, **how)
+    else: activation = Quantizer(x.type, symmetric=x.symmetric, **how)
+    if not (x.quartz or x.type.is_passthrough): lopsided = DualScale(x.type, **how)
+    return activation, lopsided, Quantizer(
+        w.type, axis=w.axis, group=config.calib.groupsize, symmetric=w.symmetric, clip=w.clip,
+        percentile=w.percentile)
 
 
 def _check_together(config: LayerConfig, where: str):
@@ -227,13 +262,19 @@ def _check_together(config: LayerConfig, where: str):
             (x.quartz and x.type is not DType.INT4, f'input_quant.quartz={x.quartz}: QuaRTZ is for '
                                                     'type int4'),
             (x.quartz and not x.symmetric, 'input_quant.quartz: QuaRTZ has no zero point'),
+            (w.quartz, 'weight_quant.quartz: QuaRTZ is for inputs; weights have scales in groups '
+                       '(calib.groupsize)'),
+            (config.calib.groupsize == 0, 'calib.groupsize=0: expected a number of columns, or '
+                                          'None for all'),
             (config.opt.rotate & (config.opt.rotate - 1), f'opt.rotate={config.opt.rotate}: '
                                                           'expected a power of two'),
             (config.opt.search_alpha_config.min > config.opt.search_alpha_config.max,
              'opt.search_alpha_config: min is above max')):
         if wrong: raise ValueError(f'{where}: {message}.')
+    try: _quantizers(config)
+    except ValueError as e: raise ValueError(f'{where}: {e}') from None
 
-# %% ../nbs/50_config.ipynb #0c1987c3
+# %% ../nbs/50_config.ipynb #dfc20614
 _SEARCH = {'search_alpha_config': {'enable': True}}
 _SMOOTH, _SVD = {'type': 'smooth', **_SEARCH}, {'type': 'svd', 'low_rank': 64, **_SEARCH}
 _TOKEN = {'type': 'int8', 'axis': -1, 'dynamic': True}
@@ -256,29 +297,29 @@ PRESETS = {name: {'default': entry} for name, entry in {
                        'calib': _GPTQ},
     'w4a16': {'input_quant': {'type': 'bf16'}, 'weight_quant': _W4, 'opt': _SVD, 'calib': _GPTQ},
 }.items()}
-PRESETS |= {short: PRESETS[f'segquant-g-{short}'] for short in ('w8a8', 'w4a8', 'w4a4')}
+_CHANNEL, _BEST = {'weight_quant': {'type': 'int8', 'axis': 1}}, {'type': 'gptq', 'actorder': True}
+PRESETS |= {short: {'default': PRESETS[f'segquant-g-{short}']['default'] | changed}
+            for short, changed in {
+    'w8a8': _CHANNEL | {'calib': _BEST},
+    'w4a8': {'calib': _BEST | {'clip_search': True}},
+    'w4a4': {'calib': _BEST | {'clip_search': True}, 'opt': _SVD | {'low_rank': 32, 'rotate': 64}},
+}.items()}
 
-# %% ../nbs/50_config.ipynb #c3113004
+# %% ../nbs/50_config.ipynb #58ea4130
 def plan_layer(
     layer: nn.Linear,
     config: LayerConfig,
     semantics: LayerSemantics | None = None,  # None, or not seen: no segments
 ) -> Plan:
     "What `config` makes of a layer"
-    x, w, lopsided = config.input_quant, config.weight_quant, None
-    how = dict(axis=x.axis, dynamic=x.dynamic, clip=x.clip, percentile=x.percentile)
-    if x.quartz: activation = Quartz(group=x.quartz, **how)
-    else: activation = Quantizer(x.type, symmetric=x.symmetric, **how)
+    activation, lopsided, weight = _quantizers(config)
     if semantics is None or not semantics.seen or not config.seglinear: semantics = None
-    else:
-        semantics = Semantics([semantics]).select(config.search_patterns)[semantics.name]
-        if not (x.quartz or x.type.is_passthrough or config.opt.rotate):
-            lopsided = DualScale(x.type, **how)
-    weight = Quantizer(w.type, axis=w.axis, group=config.calib.groupsize, symmetric=w.symmetric,
-                       clip=w.clip, percentile=w.percentile)
-    return plan_for(layer, activation, weight, semantics, lopsided)
+    else: semantics = Semantics([semantics]).select(config.search_patterns)[semantics.name]
+    plan = plan_for(layer, activation, weight, semantics, lopsided)
+    if not config.opt.rotate: return plan
+    return replace(plan, blocks=block_sizes(plan, config.opt.rotate))
 
-# %% ../nbs/50_config.ipynb #606b81db
+# %% ../nbs/50_config.ipynb #ce437898
 @dataclass
 class LayerPlan:
     "What would become of one layer"
@@ -390,11 +431,12 @@ def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
     if why: return LayerPlan(name, config, None, why, before, before)
     plan = plan_layer(layer, config, semantics)
     n, k = layer.weight.shape
-    rank = 0
-    if config.opt.type is Optimum.SVD: rank = min(config.opt.low_rank, max(min(n, k)//4, 1))
     stored = 4 if w.is_int and w.bits <= 4 else w.bits if w.is_passthrough else 8
     scales = 0 if w.is_passthrough else 4*n*(len(granules(plan)) - 1)
     smooth = 4*k*(config.opt.type is not Optimum.DEFAULT)
+    low_rank = config.opt.low_rank if config.opt.type is Optimum.SVD else 0
+    room = n*k*stored//8 - smooth - (scales - 4*n)  # at most what twice the bits take
+    rank = min(low_rank, rank_for_bytes(plan, max(room, 0)))
     after = math.ceil(k*stored/8)*n + scales + smooth + 2*rank*(n + k)
     after += 2*n*(layer.bias is not None)
     note = '' if semantics is not None and semantics.seen else 'not seen by the graph: no segments'

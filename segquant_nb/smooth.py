@@ -6,7 +6,7 @@
 __all__ = ['GRID', 'smooth_factors', 'same_range', 'Smoothing', 'search_alpha', 'Divided', 'Fold', 'find_folds', 'sharing_groups',
            'folded_state', 'with_parameters', 'apply_folds', 'check_folds']
 
-# %% ../nbs/30_smooth.ipynb #fbbdd694
+# %% ../nbs/30_smooth.ipynb #c481d290
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .graph import LAYERS, Graph, Part, Semantics, Trace, _as_it_was, _tensors_in
+from .graph import LAYERS, Graph, Part, Semantics, Trace, as_it_was, _tensors_in
 from .graph import read_trace, record
 from .observe import Stats
-from .seglinear import Plan
+from .seglinear import Plan, _mixed
 
 # %% ../nbs/30_smooth.ipynb #67feda7a
 def smooth_factors(
@@ -68,7 +68,7 @@ def _some_rows(
         real += [True]*n + [False]*(sizes[-1] - n)
     return torch.cat(pieces), sizes, torch.tensor(real, device=weight.device)
 
-# %% ../nbs/30_smooth.ipynb #32aeea91
+# %% ../nbs/30_smooth.ipynb #3822220f
 def _error_products(
     weight: Tensor, plan: Plan, stats: Stats, tried: Tensor, margin: float, rows: int, outputs: int
 ) -> Tensor:  # (segments·tried, segments·tried), as a part of the output's energy
@@ -77,17 +77,19 @@ def _error_products(
     some = some.float()
     kept, tried = stats.rows.to(some), tried.to(some)
     x, y, errors, start = margin*kept[:rows], 0., [], 0
-    for size, q in plan.inputs:
+    for (size, q), block in zip(plan.inputs, plan.blocks or (1,)*len(plan.inputs)):
         at = slice(start, start := start + size)
         right = F.linear(x[:, at], some[real, at])
         y = y + right
+        exact = q.clip == 'amax' and block == 1  # of mixtures only rows know the range
+        seen = (stats.extremes.to(some) if exact else kept)[:, at]
         for s in tried[:, at]:
-            seen = (stats.extremes.to(some) if q.clip == 'amax' else kept)[:, at]
-            codes = q.fit(seen/s, f'the input of {stats.name}').paths(x[:, at]/s)
+            given, known = _mixed(x[:, at]/s, block), _mixed(seen/s, block)
+            codes = q.fit(known, f'the input of {stats.name}').paths(given)
             values = sum(c.to(some.dtype)*scale for c, scale in codes)
-            pieces = (some[:, at]*s).split(sizes)
-            blocks = [plan.weight.fit(b, 'the weight').fake(b) for b in pieces]
-            errors.append((F.linear(values, torch.cat(blocks)[real]) - right).flatten())
+            pieces = _mixed(some[:, at]*s, block).split(sizes)
+            rounded = [plan.weight.fit(b, 'the weight').fake(b) for b in pieces]
+            errors.append((F.linear(values, torch.cat(rounded)[real]) - right).flatten())
     errors = torch.stack(errors)
     return (errors @ errors.T/y.square().sum().clamp(min=1e-30)).double().cpu()
 
@@ -339,7 +341,7 @@ def apply_folds(
     state, left = folded_state(model, folds, factors)
     return with_parameters(model, state, inplace), left
 
-# %% ../nbs/30_smooth.ipynb #32751287
+# %% ../nbs/30_smooth.ipynb #dec459e9
 def _reads(model: nn.Module, args, kwargs, state={}, instead={}) -> dict[str, list[Tensor]]:
     "What each layer reads in one call, and the output; `instead`: what they go on with"
     seen = defaultdict(list)
@@ -351,7 +353,7 @@ def _reads(model: nn.Module, args, kwargs, state={}, instead={}) -> dict[str, li
             if other.shape == x.shape:
                 return tree_map(lambda t: other if t is x else t, (args, kwargs))
         return look
-    with _as_it_was(model), torch.no_grad():
+    with as_it_was(model), torch.no_grad():
         model.eval()
         for name, module in model.named_modules():
             if isinstance(module, LAYERS):

@@ -1,6 +1,7 @@
 """Smoothing: the search against layers quantized one by one, and folds that must not be made."""
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_map
 from segquant_nb import smooth
 from segquant_nb.dualscale import DualScale
 from segquant_nb.formats import Quantizer
-from segquant_nb.graph import _as_call, _tensors_in, example_from_pipeline, read_trace, record
+from segquant_nb.graph import as_call, _tensors_in, example_from_pipeline, read_trace, record
 from segquant_nb.observe import stats_of
-from segquant_nb.seglinear import Plan, SegLinear
+from segquant_nb.seglinear import Plan, SegLinear, rotate_columns
 from segquant_nb.smooth import (Divided, Fold, apply_folds, check_folds, find_folds, folded_state, same_range,
                                 search_alpha, sharing_groups, smooth_factors)
 from segquant_nb.zoo import load, noise_model
@@ -42,7 +43,8 @@ def groups(draw):
     for _ in range(draw(st.integers(1, 3))):
         n = draw(st.integers(2, 12))
         rows = torch.randn(60, k)*torch.randn(k).exp()
-        found.append((nn.Linear(k, n, bias=False), Plan(inputs, cut(draw, n), weight), stats_of(rows, keep=40)))
+        blocks = [draw(st.sampled_from([1, size & -size])) for size, _ in inputs]
+        found.append((nn.Linear(k, n, bias=False), Plan(inputs, cut(draw, n), weight, blocks), stats_of(rows, keep=40)))
     return found
 
 
@@ -55,9 +57,11 @@ def test_the_search_says_what_layers_built_one_by_one_say(group):
         for layer, plan, stats in group:
             x = 1.2*stats.rows
             s = torch.ones_like(stats.high) if factors is None else factors
-            ready = [q.fit((stats.extremes if q.clip == 'amax' else stats.rows)[:, at:at + size]/s[at:at + size])
-                     for at, size, q in zip([0, *torch.tensor(plan.in_sizes).cumsum(0)], plan.in_sizes, plan.quantizers)]
-            fitted = Plan(list(zip(plan.in_sizes, ready)), plan.outputs, plan.weight)
+            blocks = plan.blocks or [1]*len(plan.inputs)
+            seen = [(stats.extremes if q.clip == 'amax' and b == 1 else stats.rows)[:, at:at + size]/s[at:at + size]
+                    for at, size, q, b in zip([0, *torch.tensor(plan.in_sizes).cumsum(0)], plan.in_sizes, plan.quantizers, blocks)]
+            ready = [q.fit(rotate_columns(rows, [size], [b])) for rows, size, q, b in zip(seen, plan.in_sizes, plan.quantizers, blocks)]
+            fitted = replace(plan, inputs=zip(plan.in_sizes, ready))
             with torch.no_grad():
                 y = layer(x)
                 total += ((SegLinear.of(layer, fitted, None, s)(x) - y).square().sum()/y.square().sum()).item()
@@ -218,7 +222,7 @@ def test_a_check_in_16_bits_says_the_same(dtype):
                                   'cogvideox', 'sd15', 'unet2d', 'stable-cascade', 'uvit', 'controlnet-xl', 'qwen-image'])
 def test_models_of_diffusers_compute_the_same(name):
     model, inputs = build(CASES[name])
-    args, kwargs = _as_call(inputs)
+    args, kwargs = as_call(inputs)
     trace = record(model, args, kwargs)
     found = read_trace(trace, model)
     before = {n: p.clone() for n, p in model.state_dict().items()}
