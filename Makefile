@@ -20,7 +20,7 @@ help:  ## this list
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
-demo: .venv/ready  ## write a picture and a table to demo/
+demo: .venv/ready  ## quantize a small pipeline; write pictures, a report and numbers to demo/
 	$(THREADS) $(BIN)/segquant demo
 
 test: .venv/ready  ## run every notebook and every test
