@@ -37,14 +37,15 @@ from tqdm.auto import tqdm
 
 from .formats import check_finite
 
-# %% ../nbs/10_calibration.ipynb #99a2c53c
+# %% ../nbs/10_calibration.ipynb #cd7e30ef
 @dataclass(frozen=True)
 class Sampler:
     "Picks `n` steps of a run; called with the number of its steps"
     n: int = 10  # steps of each run; all, where there are not as many
 
     def __post_init__(self):
-        if self.n < 1: raise ValueError(f'n={self.n}: a sampler picks one step at least.')
+        if not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f'n={self.n!r}: expected a whole number of steps, 1 or more.')
 
     def __call__(
         self,
@@ -98,7 +99,7 @@ def _picked(sampler: Callable, steps: int, turn: int) -> list[int]:
                          f'steps from 0 to {steps - 1}, at least one.')
     return picked
 
-# %% ../nbs/10_calibration.ipynb #65535ccd
+# %% ../nbs/10_calibration.ipynb #52f2baa3
 _PUBLISHED = {'dit': 'transformer'}  # the other published names are those of parts
 
 
@@ -106,7 +107,8 @@ def _find_layer(pipe, layer: str | nn.Module) -> tuple[str, nn.Module]:
     "Dotted name in the pipeline, and module"
     parts = getattr(pipe, 'components', {})
     if isinstance(pipe, nn.Module) or 'scheduler' not in parts:
-        raise ValueError(f'model is a {type(pipe).__name__}: expected a pipeline.')
+        raise ValueError(f'model is a {type(pipe).__name__}: expected a pipeline, that is, '
+                         "something to call whose `components` have a 'scheduler'.")
     parts = {k: v for k, v in parts.items() if isinstance(v, nn.Module)}
     names = {f'{part}.{inner}'.rstrip('.'): module for part, root in parts.items()
              for inner, module in root.named_modules()}
@@ -226,7 +228,7 @@ def _nothing_recorded(pipe, layer, made, steps, picked) -> str:
     if made != steps: return f'{who} made {steps} steps and then {made}, called the same way.'
     return f'{who} did not call this {type(layer).__name__} at steps {picked} of {steps}.'
 
-# %% ../nbs/10_calibration.ipynb #21de93b0
+# %% ../nbs/10_calibration.ipynb #432fce89
 def _call_of(item) -> dict:
     "What a loader gave, as arguments of a pipeline"
     if isinstance(item, dict): return item
@@ -249,9 +251,10 @@ def _check_call(pipe, call: dict):
 
 def _runs(pipe, loader: Iterable, options: dict, seed: int, sample_size: int | None) -> Iterator:
     "For each batch: its arguments, what makes them with fresh generators, and how many pictures"
-    if isinstance(loader, (str, dict)):
-        raise ValueError(f'sample_dataloader is a {type(loader).__name__}: expected a list or a '
-                         'loader of prompts.')
+    listed = hasattr(loader, '__iter__') or hasattr(loader, '__getitem__')
+    if isinstance(loader, (str, dict)) or not listed:
+        raise ValueError(f'sample_dataloader is of type {type(loader).__name__}: expected a list '
+                         'or a loader of prompts.')
     if 'generator' in options:
         raise ValueError('generator= would start every batch from the same noise: give seed=, or a '
                          'generator in each dict of the loader.')
@@ -648,7 +651,7 @@ class _Store:
             else: self._write_manifest()
         return CalibSet(self.manifest, self.folder, (self.records, self.rows))
 
-# %% ../nbs/10_calibration.ipynb #4c9888e7
+# %% ../nbs/10_calibration.ipynb #627f69bc
 class CalibSet(Dataset):
     "Recorded calls of a layer; an item is a dict of arguments, so `model(**item)` repeats the call"
     def __init__(
@@ -725,6 +728,8 @@ class CalibSet(Dataset):
         part: float,  # of the batches of prompts that go to the first set
     ) -> tuple['CalibSet', 'CalibSet']:
         "Two sets without a common prompt"
+        if not 0 < part < 1:
+            raise ValueError(f'part={part}: expected a part of the batches, between 0 and 1.')
         ends = list(accumulate(b['samples'] for b in self.manifest['batches']))
         batch = [bisect_right(ends, i) for i in self.order]
         there = sorted(set(batch))
@@ -815,7 +820,7 @@ def _merged_tensors(values: list[Tensor], batch: list[int], name: str) -> Tensor
     if same_shape and first.numel() == 1:
         return torch.cat([v.reshape(1).expand(b) for v, b in zip(values, batch)])
 
-# %% ../nbs/10_calibration.ipynb #7d95d7e3
+# %% ../nbs/10_calibration.ipynb #0e760d38
 def generate_calibrate_set(
     model,  # a diffusers pipeline
     sampler: Callable,  # which steps: `Uniform(10)`, `Cover(4, reach)`, …
@@ -834,10 +839,11 @@ def generate_calibrate_set(
 ) -> 'CalibSet':
     "Run the pipeline and record what `calib_layer` is given; continues a set that was interrupted"
     if max_timestep is not None: kw['num_inference_steps'] = max_timestep
-    if chunk_size < 1: raise ValueError(f'chunk_size={chunk_size}: expected 1 or more.')
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f'chunk_size={chunk_size!r}: expected a number of samples, 1 or more.')
     if isinstance(sampler, type) or not callable(sampler):
-        raise TypeError(f'sampler is {sampler!r}: expected one such as Uniform(10).')
-    if timestep_per_sample is not None: sampler = replace(sampler, n=timestep_per_sample)
+        raise TypeError(f'sampler is {sampler!r:.60}: expected one such as Uniform(10).')
+    if timestep_per_sample is not None: sampler = _with_n(sampler, timestep_per_sample)
     name, layer = _find_layer(model, calib_layer)
     _check_call(model, kw)
     store = _Store(None if dump_path is None else Path(dump_path), dict(
@@ -863,6 +869,13 @@ def generate_calibrate_set(
             if not isinstance(error, OSError): store.save_rest()  # nothing more to a full disk
             raise
     return store.finish(k + 1)
+
+
+def _with_n(sampler: Callable, n: int) -> Sampler:
+    "The sampler, for another number of steps"
+    if isinstance(sampler, Sampler): return replace(sampler, n=n)
+    raise TypeError(f'timestep_per_sample={n} is the n of a Sampler, and {sampler!r:.60} is none: '
+                    'let it pick as many steps itself, and leave the argument out.')
 
 
 def _dtype_of(layer: nn.Module) -> str | None:

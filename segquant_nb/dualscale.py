@@ -16,7 +16,7 @@ from .formats import (DType, Quantizer, check_finite, decode, encode, per_granul
                                  search_range, spread, value_range, _cast, _fitted, _floating,
                                  _precise, _usable)
 
-# %% ../nbs/21_dualscale.ipynb #30b9dcfe
+# %% ../nbs/21_dualscale.ipynb #ff45fc5b
 def polarity_steps(
     x: Tensor,  # values to represent
     dtype: DType | str,  # format of the codes
@@ -26,7 +26,9 @@ def polarity_steps(
     percentile: float = 99.9,  # of the values of one sign, for clip='percentile'
 ) -> tuple[Tensor, Tensor]:  # the step above zero and the one below, float32 or more
     "A step for each sign; 1 where there is no value of that sign"
-    dtype, x = DType(dtype), _precise(x)
+    dtype = Quantizer(dtype, axis, group, clip=clip, percentile=percentile).dtype  # a valid recipe
+    _refuse_passthrough(dtype)
+    x = _precise(_floating(x))
     def reach(side, ends_at):
         if clip == 'mse': return _searched_reach(side, ends_at, dtype, axis, group)
         def largest(v): return v.amax(-1) if clip == 'amax' else _rank_of_nonzero(v, percentile)
@@ -34,6 +36,12 @@ def polarity_steps(
     sides = (x.clamp(min=0), dtype.highest), (x.clamp(max=0), -dtype.lowest)
     reaches = [(reach(side, ends_at), ends_at) for side, ends_at in sides]
     return tuple(_usable(r/torch.full_like(r, ends_at)) for r, ends_at in reaches)
+
+
+def _refuse_passthrough(dtype: DType):
+    if dtype.is_passthrough:
+        raise ValueError(f'{dtype.value} has no scale, so it cannot have two: use '
+                         f"Quantizer('{dtype.value}').")
 
 
 def _rank_of_nonzero(magnitudes: Tensor, percent: float) -> Tensor:
@@ -64,7 +72,7 @@ def _step_by_sign(signed: Tensor, positive: Tensor, negative: Tensor, group: int
     "The step that belongs to each element of `signed`"
     return torch.where(signed < 0, spread(negative, group, signed), spread(positive, group, signed))
 
-# %% ../nbs/21_dualscale.ipynb #06c1db83
+# %% ../nbs/21_dualscale.ipynb #21a6bef3
 @dataclass(frozen=True, repr=False, eq=False)
 class DualScale:
     "A recipe that gives each sign a step of its own: one tensor of codes, two scales"
@@ -81,9 +89,7 @@ class DualScale:
         like = self._single  # checks the recipe
         object.__setattr__(self, 'dtype', like.dtype)
         object.__setattr__(self, 'axis', like.axis)
-        if self.dtype.is_passthrough:
-            raise ValueError(f'{self.dtype.value} has no scale, so it cannot have two: use '
-                             f"Quantizer('{self.dtype.value}').")
+        _refuse_passthrough(self.dtype)
 
     @property
     def _single(self) -> Quantizer:

@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'COUNTED', 'float_bins', 'bin_edges', 'row_keys', 'Stats', 'stats_of', 'plot_stats', 'ModelStats',
            'merge_stats', 'save_stats', 'load_stats', 'stats_bytes', 'collect_stats']
 
-# %% ../nbs/13_observe.ipynb #86f6e993
+# %% ../nbs/13_observe.ipynb #b2bcfc23
 import functools
 import inspect
 import itertools
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from .calibration import CalibSet
-from .formats import check_finite
+from .formats import check_finite, _floating
 from .graph import Part, Semantics, as_call, as_it_was, denoiser
 
 # %% ../nbs/13_observe.ipynb #2a7fda8f
@@ -67,7 +67,7 @@ def row_keys(
         z = ((z ^ (z >> np.uint64(shift)))*np.uint64(odd)) & ring
     return (z ^ (z >> np.uint64(31))).astype(np.int64)
 
-# %% ../nbs/13_observe.ipynb #8d5e1ffa
+# %% ../nbs/13_observe.ipynb #dcd22711
 @dataclass(frozen=True, eq=False, repr=False)
 class Stats:
     "What the input of a layer was like, over a calibration set"
@@ -122,8 +122,12 @@ class Stats:
     ) -> Tensor:  # (parts,)
         "The magnitude that so many percent of the values do not exceed, from the histogram"
         above, below = self.counts.split(BINS//2, 1)
-        counts, most = {'positive': (above, self.positive), 'negative': (below, self.negative),
-                        'both': (above + below, self.amax)}[side]
+        sides = {'positive': (above, self.positive), 'negative': (below, self.negative),
+                 'both': (above + below, self.amax)}
+        if side not in sides or not 0 <= percent <= 100:
+            raise ValueError(f'percentile({percent!r}, {side!r}): expected 0 to 100, and one of '
+                             f'{", ".join(sides)}.')
+        counts, most = sides[side]
         return _percentile(counts, percent, torch.stack([most[p].max() for p in self.parts]))
 
     def fit(
@@ -131,6 +135,9 @@ class Stats:
         quantizer,  # one that has `clip` and `fit`, as `Quantizer` has
     ):  # the quantizer, fitted
         "Fit to the exact range if the quantizer looks at nothing else, or else to the fair sample"
+        if not quantizer.dynamic and _per_row(quantizer.axis):
+            raise ValueError(f'{quantizer} has a fixed scale for each token, and statistics do not '
+                             'know which row was which token: use dynamic=True, or axis=None.')
         rows = self.extremes if quantizer.clip == 'amax' else self.rows
         return quantizer.fit(rows, f'the input of {self.name}')
 
@@ -154,15 +161,20 @@ class Stats:
 
     def __truediv__(
         self,
-        scale: Tensor,  # (K,) or a number, positive
+        scale: Tensor,  # (K,) or a number, not zero
     ) -> 'Stats':
         "What the layer would have seen if its input were divided, channel by channel"
-        scale = torch.as_tensor(scale, device=self.high.device).expand(self.width)
-        rows = self.rows/scale
+        scale = torch.as_tensor(scale, device=self.high.device)
+        fits = scale.shape in ((), (1,), (self.width,))
+        if not fits or not (scale.isfinite() & (scale != 0)).all():
+            raise ValueError(f'{self.name} cannot be divided by a scale of shape '
+                             f'{tuple(scale.shape)}: expected ({self.width},), finite, no zeros.')
+        scale = scale.expand(self.width)
+        rows, ends = self.rows/scale, self.extremes/scale  # a negative one turns them round
         counts = torch.cat([_count(rows[:, part]) for part in self.parts])
         gram = self.gram
         if gram is not None: gram = gram/torch.outer(scale.double(), scale.double())
-        return replace(self, high=self.high/scale, low=self.low/scale, counts=counts, rows=rows,
+        return replace(self, high=ends.amax(0), low=ends.amin(0), counts=counts, rows=rows,
                        gram=gram)
 
     def merge(
@@ -194,7 +206,7 @@ class Stats:
     def __repr__(self): return _stats_text(self)
     def _repr_png_(self): return _png(plot_stats(self))
 
-# %% ../nbs/13_observe.ipynb #5e0b9530
+# %% ../nbs/13_observe.ipynb #157b5726
 def _count(x: Tensor) -> Tensor:
     "(1, 4096) histogram of all values"
     return torch.bincount(float_bins(x).flatten(), minlength=BINS)[None]
@@ -202,7 +214,17 @@ def _count(x: Tensor) -> Tensor:
 
 def _span(part: slice, width: int) -> slice:
     "The same columns, spelled out with start, stop and step"
-    return slice(*part.indices(width))
+    if not isinstance(part, slice):
+        raise TypeError(f'{part!r} as a part of the channels: expected a slice.')
+    span = slice(*part.indices(width))
+    if not range(width)[span] or (part.stop or 0) > width:
+        raise ValueError(f'channels {part.start}:{part.stop} of {width}: there are not so many.')
+    return span
+
+
+def _per_row(axis) -> bool:
+    "Has each row a scale of its own, where dimensions `axis` share one?"
+    return axis is not None and not {0, -2} & set(axis if isinstance(axis, tuple) else [axis])
 
 
 def _percentile(counts: Tensor, percent: float, most: Tensor) -> Tensor:
@@ -225,6 +247,9 @@ def _check_alike(a: Stats, b: Stats):
                              f'{what} is {one} in the first and {two} in the second.')
     if (a.gram is None) != (b.gram is None):
         raise ValueError(f'cannot merge the statistics of {a.name}: only one has a Hessian.')
+    if a.name != b.name:
+        raise ValueError(f'cannot merge the statistics of {a.name} and {b.name}: these are two '
+                         'layers.')
 
 # %% ../nbs/13_observe.ipynb #4ab2431e
 class _Draw:
@@ -262,7 +287,7 @@ def _choose(kept: _Kept, draw: _Draw) -> tuple:
     keys[places] = draw.keys[new]
     return _Kept(keys), draw.on_device(places), draw.on_device(draw.order[new])
 
-# %% ../nbs/13_observe.ipynb #c4418a68
+# %% ../nbs/13_observe.ipynb #dc77928a
 @dataclass(frozen=True)
 class _Input:
     "A tensor to watch: the layers that read it, the first of which gives it its name"
@@ -272,6 +297,8 @@ class _Input:
 
     @property
     def name(self) -> str: return self.layers[0]
+
+    def __str__(self): return f'layer {self.name}' if self.name else 'the model itself'
 
 
 class _Pass:
@@ -336,7 +363,7 @@ def _or_zeros(known: Tensor | None, x: Tensor, shape, dtype: torch.dtype) -> Ten
     "What is known, or zeros to begin with, where `x` is"
     return x.new_zeros(shape, dtype=dtype) if known is None else known.to(x.device)
 
-# %% ../nbs/13_observe.ipynb #91fe63da
+# %% ../nbs/13_observe.ipynb #cf82d104
 def _commit(run: _Pass):
     "The sample is through: look for NaN and Inf, then add it to ranges and histograms"
     if not run.calls: return
@@ -358,12 +385,12 @@ def _not_finite(run: _Pass) -> str:
     for number, high, low, _ in run.calls:
         bad = ~(high.float().isfinite() & low.float().isfinite())
         if bad.any():
-            return (f'sample {run.sample}, layer {run.inputs[number].name}: NaN or Inf in '
+            return (f'sample {run.sample}, {run.inputs[number]}: NaN or Inf in '
                     f'{bad.sum()} of {len(bad)} channels, the first of them channel '
                     f'{bad.nonzero()[0].item()}. No range can be learned from that: find what '
                     'made it, or leave this sample out.')
 
-# %% ../nbs/13_observe.ipynb #c3c3bfb1
+# %% ../nbs/13_observe.ipynb #a50b6df2
 def _stats_of(run: _Pass, number: int) -> Stats | None:
     "What there is to say about an input; None if nothing ever arrived"
     if not run.seen[number]: return None
@@ -386,8 +413,12 @@ def stats_of(
     seed: int = 0,
 ) -> Stats:
     "The statistics of some rows"
-    width = check_finite(rows, name).shape[-1]
+    width = check_finite(_floating(rows), name).shape[-1]
     parts = tuple(_span(p, width) for p in parts or [slice(None)])
+    channels = [c for part in parts for c in range(width)[part]]
+    if len({*channels}) < len(channels):
+        spans = ', '.join(f'{p.start}:{p.stop}' for p in parts)
+        raise ValueError(f'the parts {spans} of {name} overlap: a channel belongs to one only.')
     run = _Pass([_Input((name,), width, parts)], keep, hessian, seed)
     run.sample = sample
     _take_in(run, 0, rows)
@@ -559,11 +590,14 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=1, cutoff=.5)
     return f'no layer {name!r}.' + (f' Did you mean {close[0]!r}?' if close else '')
 
-# %% ../nbs/13_observe.ipynb #08701fa7
+# %% ../nbs/13_observe.ipynb #013fc63b
 def merge_stats(
     several: Iterable[ModelStats],  # of the same model, from different samples
 ) -> ModelStats:
     "What several processes saw, together"
+    several = several if isinstance(several, ModelStats) else list(several)
+    if not several or isinstance(several, ModelStats):
+        raise TypeError('merge_stats takes a list of ModelStats, one or more.')
     return functools.reduce(_merge_two, several)
 
 
@@ -572,7 +606,8 @@ def _merge_two(a: ModelStats, b: ModelStats) -> ModelStats:
     for (r, n), (s, m) in itertools.product(a.about['shards'], b.about['shards']):
         if (r - s) % math.gcd(n, m) == 0:
             raise ValueError(f'shards ({r}, {n}) and ({s}, {m}) have samples in common, which '
-                             'would count twice. Merge the statistics of different samples.')
+                             'would count twice. Collect each with the whole set and its own '
+                             'shard, such as shard=(0, 2) and shard=(1, 2).')
     inputs = {name: a.inputs[name].merge(b.inputs[name]) if name in a.inputs and name in b.inputs
               else (a.inputs if name in a.inputs else b.inputs)[name]
               for name in dict.fromkeys(a.layers.values()) if name in a.inputs or name in b.inputs}
@@ -679,7 +714,7 @@ class _Stored(Mapping):
         return Stats(name, e['seen'], keep=e['keep'], parts=tuple(slice(*p) for p in e['parts']),
                      **safetensors.torch.load(content))
 
-# %% ../nbs/13_observe.ipynb #58a720fa
+# %% ../nbs/13_observe.ipynb #94fb8cfb
 def _plain(model) -> nn.Module:
     "The model itself: of a pipeline the part that is worth it, of a compiled one what it was"
     if not isinstance(model, nn.Module): model = denoiser(model)
@@ -700,7 +735,10 @@ def _find_inputs(model: nn.Module, layers) -> list[_Input]:
     patterns = ['*'] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f'{type(model).__name__} has {_unknown(pattern, known)}')
+            inside = next((name for name in known if pattern in name), None)
+            hint = f' To mean {inside} and the like, write *{pattern}*.' if inside else ''
+            said = f'no layer {pattern!r}.' if inside else _unknown(pattern, known)
+            raise ValueError(f'{type(model).__name__} has {said}{hint}')
     return [_Input((name,), width, (slice(0, width, 1),)) for name, width in known.items()
             if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -763,7 +801,7 @@ def _rows_that_fit(sizes: dict[str, tuple[int, int]], keep: int, memory: float |
 def _in_bytes(size: float) -> str:
     return f'{size/1e9:.1f} GB' if size >= 1e9 else f'{size/1e6:.1f} MB'
 
-# %% ../nbs/13_observe.ipynb #7c90df7d
+# %% ../nbs/13_observe.ipynb #107b975b
 def _run_sample(model: nn.Module, run: _Pass, item):
     "One call of the model, observed"
     where = f'sample {run.sample}'
@@ -805,12 +843,12 @@ def _watch(model: nn.Module, run: _Pass):
 def _look(run: _Pass, number: int, layer: nn.Module, args: tuple, kwargs: dict):
     x, given = args[0] if args else next(iter(kwargs.values())), run.inputs[number]
     if x.shape[-1] != given.width:
-        run.refusal = (f'sample {run.sample}, layer {given.name}: {x.shape[-1]} channels arrive '
+        run.refusal = (f'sample {run.sample}, {given}: {x.shape[-1]} channels arrive '
                        f'where {given.width} are expected. Is the set from another model?')
         raise ValueError(run.refusal)
     _take_in(run, number, x)
 
-# %% ../nbs/13_observe.ipynb #211b2519
+# %% ../nbs/13_observe.ipynb #6c68c888
 def collect_stats(
     model: nn.Module,  # or a pipeline: its transformer or UNet
     calib_set: Iterable,  # samples: named arguments (a dict), (args, kwargs), arguments, a tensor
@@ -829,7 +867,8 @@ def collect_stats(
     recorded = getattr(calib_set, 'dataset', calib_set)  # of a data loader
     if isinstance(recorded, CalibSet): recorded.check(model)
     inputs = _find_inputs(model, layers)
-    if keep < 1: raise ValueError(f'keep={keep}: expected 1 row of each input, or more.')
+    if not isinstance(keep, int) or keep < 1:
+        raise ValueError(f'keep={keep!r}: expected 1 row of each input, or more.')
     keep = _rows_that_fit(_sizes(model, inputs, hessian), keep, memory)
     run = _Pass(inputs, keep, hessian, seed)
     about = _about(model, run, calib_set, shard)
@@ -850,15 +889,16 @@ def collect_stats(
     if latest is not None: about['last'] = _fingerprint(latest)
     return _result(run, about, folder)
 
-# %% ../nbs/13_observe.ipynb #38fd8af4
+# %% ../nbs/13_observe.ipynb #95962514
 def _about(model: nn.Module, run: _Pass, calib_set, shard: tuple[int, int]) -> dict:
     "How it is collected, for those who want to go on or to merge"
     listed = isinstance(calib_set, Iterable) or hasattr(calib_set, '__getitem__')  # a Dataset has
     if isinstance(calib_set, (Mapping, Tensor, str)) or not listed:
         raise TypeError(f'calib_set is a {type(calib_set).__name__}: expected an iterable of '
                         'samples. Put a single one into a list.')
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f'shard={shard}: expected (r, n) with 0 ≤ r < n.')
     r, n = shard
-    if not 0 <= r < n: raise ValueError(f'shard={shard}: expected (r, n) with 0 ≤ r < n.')
     total = len(range(r, len(calib_set), n)) if hasattr(calib_set, '__len__') else None
     if total == 0: raise ValueError('the calibration set is empty: there is nothing to observe.')
     return dict(model=type(model).__name__, weights=_fingerprint(list(model.parameters())),

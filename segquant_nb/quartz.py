@@ -16,22 +16,24 @@ from .formats import (DType, Quantizer, check_finite, decode, encode, pack_int4,
                                  per_granule, spread, unpack_int4, _cast, _fitted, _floating,
                                  _least, _precise)
 
-# %% ../nbs/22_quartz.ipynb #84cd89c9
+# %% ../nbs/22_quartz.ipynb #9fdfc3c4
 def find_flags(
     codes: Tensor,  # (..., K) int8, each in -127 … 127
     group: int,  # columns that share a flag; the last group may be shorter
 ) -> Tensor:  # (..., groups) uint8, each in 0 … 4
     "By how many bits the magnitudes of each group must be shifted to fit into three"
+    if codes.dtype != torch.int8: raise TypeError(f'expected int8 codes, got {codes.dtype}.')
     most = per_granule(lambda m: m.amax(-1), codes.abs(), -1, group)
     return sum((most >= limit).to(torch.uint8) for limit in (8, 16, 32, 64))
 
-# %% ../nbs/22_quartz.ipynb #1055f4f7
+# %% ../nbs/22_quartz.ipynb #bd819dc3
 def drop_bits(
     codes: Tensor,  # (..., K) int8, each in -127 … 127
     flags: Tensor,  # (..., groups) from `find_flags`
     group: int,  # columns that share a flag
 ) -> Tensor:  # (..., K) int8, each in -7 … 7
     "Shift the magnitudes to the right by their flag: truncation, towards zero"
+    _check_flags(codes, flags, group)
     return codes.sign()*(codes.abs() >> spread(flags, group, codes).to(torch.int8))
 
 
@@ -41,9 +43,18 @@ def restore_bits(
     group: int,  # columns that share a flag
 ) -> Tensor:  # (..., K) int8, each in -112 … 112
     "Shift back: 8-bit codes whose lowest bits are zero"
+    _check_flags(codes, flags, group)
     return codes << spread(flags, group, codes).to(torch.int8)
 
-# %% ../nbs/22_quartz.ipynb #58099252
+
+def _check_flags(codes: Tensor, flags: Tensor, group: int):
+    if codes.dtype != torch.int8:
+        raise TypeError(f'expected int8 codes, got {codes.dtype}: `unpack` what is packed.')
+    if flags.shape[-1] != -(-codes.shape[-1]//group):
+        raise ValueError(f'{flags.shape[-1]} flags in a row: {codes.shape[-1]} codes in groups of '
+                         f'{group} have {-(-codes.shape[-1]//group)}.')
+
+# %% ../nbs/22_quartz.ipynb #5f834b08
 def pack_flags(
     flags: Tensor,  # (..., groups) uint8, each in 0 … 7
 ) -> Tensor:  # (..., ceil(3·groups/8)) uint8
@@ -61,6 +72,9 @@ def unpack_flags(
 ) -> Tensor:  # (..., groups) uint8
     "The flags that `pack_flags` packed"
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    if packed.shape[-1] != -(-3*groups//8):
+        raise ValueError(f'{packed.shape[-1]} bytes of flags in a row: {groups} flags take '
+                         f'{-(-3*groups//8)}.')
     bits = (packed[..., None] >> places & 1).flatten(-2)[..., :3*groups].unflatten(-1, (groups, 3))
     return (bits << places[:3]).sum(-1, dtype=torch.uint8)
 
@@ -71,7 +85,7 @@ class QuartzEncoded(NamedTuple):
     flags: Tensor  # (..., groups) uint8, each in 0 … 4; packed: (..., ceil(3·groups/8)) uint8
     scale: Tensor  # of the 8-bit codes; broadcasts against the input
 
-# %% ../nbs/22_quartz.ipynb #13db85f2
+# %% ../nbs/22_quartz.ipynb #206ad6e5
 @dataclass(frozen=True, repr=False, eq=False)
 class Quartz:
     "A recipe for 4-bit codes with a shift per group: QuaRTZ"
@@ -87,6 +101,8 @@ class Quartz:
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
             raise ValueError(f'group={self.group!r}: QuaRTZ needs groups of 1 or more columns, for '
                              'example 16 or 32.')
+        if isinstance(self.axis, (str, DType)):
+            raise ValueError(f'axis={self.axis!r}: QuaRTZ takes no format, its codes have 4 bits.')
         object.__setattr__(self, 'axis', self._eight_bits.axis)  # checks the recipe
 
     @property
@@ -171,6 +187,9 @@ class Quartz:
         columns: int,  # K
     ) -> QuartzEncoded:  # as `encode` returned it
         "The inverse of `pack`"
+        have, want = packed.codes.shape[-1], -(-columns//2)
+        if have != want:
+            raise ValueError(f'{have} bytes of codes in a row: {columns} columns take {want}.')
         return packed._replace(codes=unpack_int4(packed.codes, columns),
                                flags=unpack_flags(packed.flags, -(-columns//self.group)))
 

@@ -6,8 +6,8 @@
 __all__ = ['Plan', 'plan_for', 'EncodedWeight', 'granules', 'quantize_weight', 'fit_inputs', 'rotate_columns', 'rotated',
            'SegLinear']
 
-# %% ../nbs/20_seglinear.ipynb #1320298b
-from collections.abc import Sequence
+# %% ../nbs/20_seglinear.ipynb #24c0f032
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .formats import Quantizer, check_finite, decode, pack_int4, unpack_int4
 from .observe import Stats, _count
 
-# %% ../nbs/20_seglinear.ipynb #3ad2db0b
+# %% ../nbs/20_seglinear.ipynb #26f1f227
 @dataclass(frozen=True)
 class Plan:
     "How one linear layer is cut and quantized"
@@ -29,9 +29,10 @@ class Plan:
     blocks: tuple = ()  # columns that a rotation mixes, for each input segment; 1, or (): none
 
     def __post_init__(self):
-        parts = dict(inputs=tuple(tuple(p) if isinstance(p, list) else p for p in self.inputs),
-                     outputs=tuple(self.outputs), blocks=tuple(self.blocks))
-        for name, value in parts.items(): object.__setattr__(self, name, value)
+        for name in ('inputs', 'outputs', 'blocks'):
+            object.__setattr__(self, name, _listed(getattr(self, name), name))
+        pairs = tuple(tuple(p) if isinstance(p, list) else p for p in self.inputs)
+        object.__setattr__(self, 'inputs', pairs)
         _check_plan(self)
         if set(self.blocks) == {1}: object.__setattr__(self, 'blocks', ())
 
@@ -44,6 +45,12 @@ class Plan:
     def quantizers(self) -> tuple:
         "Of each input segment"
         return tuple(q for _, q in self.inputs)
+
+
+def _listed(values, name: str) -> tuple:
+    "As a tuple; a number alone is refused"
+    if isinstance(values, Iterable) and not isinstance(values, str): return tuple(values)
+    raise TypeError(f'{name}={values!r}: expected a list, with an entry for each segment.')
 
 
 def _check_plan(plan: Plan):
@@ -97,7 +104,7 @@ def plan_for(
         inputs = [(layer.in_features, activation)]
     return Plan(inputs, semantics.out_sizes or [layer.out_features], weight)
 
-# %% ../nbs/20_seglinear.ipynb #62b26784
+# %% ../nbs/20_seglinear.ipynb #776166ee
 class EncodedWeight(NamedTuple):
     "The codes of a weight matrix, and a table of scales"
     codes: Tensor  # (N, K)
@@ -147,13 +154,15 @@ def _table(scale: Tensor, rows: int) -> Tensor:
 
 
 def _check_sizes(weight: Tensor, plan: Plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f'plan is a {type(plan).__name__}: expected a Plan, see `plan_for`.')
     if weight.ndim != 2:
         raise ValueError(f'a weight of shape {tuple(weight.shape)}: expected (rows, columns).')
     for sizes, have, what in ((plan.outputs, weight.shape[0], 'output segments and rows'),
                               (plan.in_sizes, weight.shape[1], 'input segments and columns')):
         if sum(sizes) != have:
             raise ValueError(f'{what} do not match: the plan has {_sums(sizes)} = '
-                             f'{sum(sizes)}, the weight {have} ({tuple(weight.shape)}).')
+                             f'{sum(sizes)}, the weight {have}, of shape {tuple(weight.shape)}.')
 
 
 def _sums(sizes: Sequence[int]) -> str:
@@ -161,7 +170,7 @@ def _sums(sizes: Sequence[int]) -> str:
     runs = [(size, len([*same])) for size, same in groupby(sizes)]
     return '+'.join(f'{n}×{size}' if n > 1 else f'{size}' for size, n in runs)
 
-# %% ../nbs/20_seglinear.ipynb #805613ae
+# %% ../nbs/20_seglinear.ipynb #5f2c011b
 def fit_inputs(
     plan: Plan,
     seen: Tensor | Stats | None,  # (R, K) what they see, smoothed and rotated like the weight
@@ -183,6 +192,10 @@ def fit_inputs(
 
 
 def _check_rows(seen: Tensor | Stats, plan: Plan):
+    if not isinstance(seen, Stats) and not (isinstance(seen, Tensor) and seen.is_floating_point()):
+        kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
+        raise TypeError(f'calibration rows of type {kind}: expected a floating-point tensor, or '
+                        'the Stats of this layer, such as collect_stats(…)[name].')
     shape = (seen.seen, seen.width) if isinstance(seen, Stats) else tuple(seen.shape)
     if len(shape) != 2 or not shape[0] or shape[1] != sum(plan.in_sizes):
         raise ValueError(f'calibration rows of shape {shape}: expected (rows, '
@@ -265,8 +278,11 @@ def _tensors(quantizer) -> dict[str, Tensor]:
     values = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}
     return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-# %% ../nbs/20_seglinear.ipynb #41e7550d
+# %% ../nbs/20_seglinear.ipynb #75ba9eb3
 def _check_weight(weight: EncodedWeight, plan: Plan):
+    if not isinstance(weight, EncodedWeight):
+        raise TypeError(f'weight is a {type(weight).__name__}: expected what quantize_weight '
+                        'returns. SegLinear.of takes a whole nn.Linear.')
     _check_sizes(weight.codes, plan)
     if weight.codes.dtype != plan.weight.dtype.storage or tuple(weight.bounds) != granules(plan):
         raise ValueError(f'codes of type {weight.codes.dtype} with granules at {weight.bounds}: '
@@ -278,6 +294,9 @@ def _check_weight(weight: EncodedWeight, plan: Plan):
 
 def _check_extras(plan: Plan, bias, smooth, low_rank):
     rows, columns = sum(plan.outputs), sum(plan.in_sizes)
+    if low_rank is not None and not (isinstance(low_rank, (tuple, list)) and len(low_rank) == 2):
+        raise TypeError(f'low_rank is a {type(low_rank).__name__}: expected two tensors, (down, '
+                        'up).')
     down, up = low_rank or (torch.empty(0, columns), torch.empty(rows, 0))
     if bias is not None: _check_shape(bias, (rows,), 'a bias', 'one for each row')
     _check_shape(down, (len(down), columns), 'the low-rank branch, down,', 'rank and columns')
@@ -301,7 +320,7 @@ def _check_shape(t: Tensor, shape: tuple[int, ...], name: str, what: str):
     if tuple(t.shape) != shape:
         raise ValueError(f'{name} of shape {tuple(t.shape)}: expected {shape}, {what}.')
 
-# %% ../nbs/20_seglinear.ipynb #fb20b03c
+# %% ../nbs/20_seglinear.ipynb #52709fd4
 class SegLinear(nn.Module):
     "A quantized linear layer with input and output segments"
     def __init__(
@@ -314,9 +333,9 @@ class SegLinear(nn.Module):
         dtype: torch.dtype = torch.float32,  # what `weight` shows itself in
     ):
         super().__init__()
+        _check_weight(weight, plan)
         unready = [q for q in plan.quantizers if not q.ready]
         if unready: raise ValueError(f'{unready[0]} has no scale yet: fit it to calibration data.')
-        _check_weight(weight, plan)
         _check_extras(plan, bias, smooth, low_rank)
         self.in_features, self.out_features = sum(plan.in_sizes), sum(plan.outputs)
         self.bounds, self.dtype, self.kernel = weight.bounds, dtype, None
@@ -370,6 +389,9 @@ class SegLinear(nn.Module):
             head = f'input{i}_'
             return {k.removeprefix(head): t for k, t in tensors.items() if k.startswith(head)}
         inputs = [(size, replace(q, **held(i))) for i, (size, q) in enumerate(plan.inputs)]
+        if (i := next((i for i, (_, q) in enumerate(inputs) if not q.ready), None)) is not None:
+            raise ValueError(f'a SegLinear cannot be restored without what input segment {i} has '
+                             f'learned: tensors whose names begin with input{i}_.')
         codes = _unstored(tensors['codes'], plan.weight.dtype, sum(plan.in_sizes))
         weight = EncodedWeight(codes, tensors['weight_scale'], tensors.get('weight_zero'),
                                granules(plan))
@@ -416,6 +438,9 @@ class SegLinear(nn.Module):
             raise ValueError(f'inputs of shape {tuple(x.shape)} and type {str(x.dtype)[6:]}: this '
                              f'layer reads {self.in_features} channels of floating point '
                              f'({self.extra_repr()}).')
+        if x.device != self.weight_scale.device:
+            raise ValueError(f'inputs on {x.device}, and this layer is on '
+                             f"{self.weight_scale.device}: use layer.to('{x.device}').")
 
     def _seen(self, x: Tensor) -> Tensor:
         "What the quantizers see: smoothed, rotated, in float32 at least"

@@ -251,7 +251,10 @@ def test_a_real_pipeline_killed_at_any_time(tmp_path, flux):
             os._exit(0)
         time.sleep(rng.random()*took*.7)
         os.kill(pid, signal.SIGKILL)
-        kills += os.waitpid(pid, 0)[1] != 0
+        if os.waitpid(pid, 0)[1]: kills += 1
+        else:  # it was faster this time, and came to its end
+            took *= .7
+            shutil.rmtree(tmp_path/'killed')
         if kills == 6: break
     assert kills >= 3 and in_child(lambda: work(tmp_path/'killed')) == 0
     assert content(tmp_path/'killed') == content(tmp_path/'whole')
@@ -260,10 +263,25 @@ def test_a_real_pipeline_killed_at_any_time(tmp_path, flux):
 # Refused
 
 def test_a_sampler_that_is_none():
-    for wrong in ('uniform', Uniform, None):
+    for wrong in ('uniform', Uniform, None, [torch.zeros(99, 99)]*9):
         with pytest.raises(TypeError, match='expected one such as'): generate_calibrate_set(Loop(), wrong, WORDS, 'dit', **QUIET)
     for wrong in (lambda steps, turn: [], lambda steps, turn: [steps], lambda steps, turn: [0, 0]):
         with pytest.raises(ValueError, match='expected distinct steps from 0 to 3'): generate_calibrate_set(Loop(), wrong, WORDS, 'dit', **QUIET)
+
+
+def test_arguments_of_another_kind(tmp_path):
+    for error, match, arguments, more in (
+            (TypeError, 'is the n of a Sampler', {'sampler': lambda steps, turn: [0]}, {'timestep_per_sample': 2}),
+            (ValueError, 'chunk_size=None', {}, {'chunk_size': None}), (ValueError, 'is of type int', {'loader': 5}, {}),
+            (ValueError, "Denoiser: expected a pipeline, .* whose `components` have a 'scheduler'", {'model': Denoiser(8)}, {})):
+        given = [{'model': Loop(), 'sampler': Uniform(2), 'loader': WORDS} | arguments][0]
+        with pytest.raises(error, match=match): generate_calibrate_set(*given.values(), 'dit', tmp_path/'set', **more, **QUIET)
+    assert not (tmp_path/'set').exists()
+    for n in (0, '3', 2.5, None):
+        with pytest.raises(ValueError, match='expected a whole number of steps'): Uniform(n)
+    calib = generate_calibrate_set(Loop(), Uniform(2), WORDS, 'dit', **QUIET)
+    for part in (0, 1, 3, -.5):
+        with pytest.raises(ValueError, match='between 0 and 1'): calib.split(part)
 
 
 def test_nothing_is_written_when_the_first_batch_is_not_finite(tmp_path):

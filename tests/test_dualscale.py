@@ -97,3 +97,10 @@ def test_the_search_finds_the_best_step_for_each_side(dtype, size):
         errors = torch.stack([error(start*(1 - i/100)) for i in range(96)])
         assert (error(found) <= errors.amin(0)*1.001).all() and (found <= start*(1 + 1e-6)).all()
         if dtype is DType.INT4: assert (error(found) < .99*errors[0]).all()
+
+
+def test_steps_of_a_recipe_that_is_none():
+    x = torch.randn(4, 8)
+    for error, match, args, more in ((ValueError, 'max', (x, 'int8'), dict(clip='max')), (ValueError, '200', (x, 'int8'), dict(clip='percentile', percentile=200)),
+                                     (ValueError, 'bf16', (x, 'bf16'), {}), (TypeError, 'floating-point', (x.long(), 'int8'), {}), (ValueError, 'group=0', (x, 'int8', -1, 0), {})):
+        with pytest.raises(error, match=match): polarity_steps(*args, **more)

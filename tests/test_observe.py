@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segquant_nb import observe
+from segquant_nb.dualscale import DualScale
 from segquant_nb.formats import Quantizer
 from segquant_nb.graph import LayerSemantics, Part, Semantics, analyze
 from segquant_nb.observe import (ModelStats, Stats, bin_edges, collect_stats, float_bins, load_stats, merge_stats, plot_stats,
@@ -142,8 +143,35 @@ def test_merging_refuses_what_is_not_alike():
                            (stats_of(x[:, :4], 'b', keep=4, sample=1), 'width is 8 in the first and 4'),
                            (stats_of(x, 'b', [slice(0, 4), slice(4, 8)], keep=4, sample=1), 'parts is'),
                            (stats_of(x, 'b', hessian=True, keep=4, sample=1), 'only one has a Hessian'),
-                           (stats_of(x, 'b', keep=4), 'count twice')):
+                           (stats_of(x, 'b', keep=4, sample=1), 'two layers'),
+                           (stats_of(x, 'a', keep=4), 'count twice')):
         with pytest.raises(ValueError, match=problem): s.merge(other)
+
+
+def test_what_cannot_be_asked_of_statistics():
+    s = stats_of(torch.randn(20, 8), 'a')
+    for error, problem, act in (
+            (ValueError, r'percentile\(120', lambda: s.percentile(120)), (ValueError, 'both', lambda: s.percentile(9, 'up')),
+            (ValueError, '6:12 of 8', lambda: s.columns(slice(6, 12))), (ValueError, '3:3 of 8', lambda: s.columns(slice(3, 3))),
+            (TypeError, 'expected a slice', lambda: s.columns(5)), (ValueError, r'expected \(8,\)', lambda: s/torch.ones(3)),
+            (ValueError, 'no zeros', lambda: s/torch.zeros(8)), (ValueError, 'no zeros', lambda: s/torch.full((8,), torch.nan)),
+            (ValueError, '0:5, 3:8 of rows overlap', lambda: stats_of(s.rows, parts=[slice(0, 5), slice(3, 8)])),
+            (TypeError, 'floating-point', lambda: stats_of([1., 2.])), (TypeError, 'list of ModelStats', lambda: merge_stats([])),
+            (TypeError, 'list of ModelStats', lambda: merge_stats(collect(nn.Linear(8, 2), [s.rows]))),
+            (ValueError, r'shard=3', lambda: collect(nn.Linear(8, 2), [s.rows], shard=3)),
+            (ValueError, r'keep=2\.5', lambda: collect(nn.Linear(8, 2), [s.rows], keep=2.5)),
+            (ValueError, 'sample 0, the model itself: 9 channels', lambda: collect(nn.Linear(8, 2), [torch.ones(4, 9)])),
+            (ValueError, r'write \*ut\*', lambda: collect(Block(), calib_set(), 'ut')),
+            (ValueError, 'fixed scale for each token', lambda: s.fit(Quantizer('int8', axis=-1))),
+            (ValueError, 'fixed scale for each token', lambda: s.fit(DualScale('int8', axis=1, clip='mse')))):
+        with pytest.raises(error, match=problem): act()
+    for shared in (Quantizer(), Quantizer(axis=0), Quantizer(axis=(0, 1)), Quantizer(axis=-1, dynamic=True)): assert s.fit(shared).ready
+
+
+def test_dividing_by_a_negative_number_turns_the_ends_round():
+    x, scale = torch.rand(20, 3) + 1, torch.tensor([2., -2., 1.])
+    s, direct = stats_of(x, hessian=True)/scale, stats_of(x/scale, hessian=True)
+    assert same(s, direct) and s.negative[1] > 0 == s.positive[1]
 
 
 # What is read from them

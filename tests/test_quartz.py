@@ -165,3 +165,15 @@ def test_eight_bits_come_first():
     low = eight.encode(x).codes.abs() < 8
     assert torch.equal(q.fake(x)[low], eight.fake(x)[low])
     assert Quartz().fit(torch.ones(2)).encode(torch.tensor([-100.])).codes.item() == -7
+
+
+def test_codes_and_flags_that_do_not_fit():
+    q = Quartz(group=16, dynamic=True)
+    encoded = q.encode(torch.randn(3, 64))
+    packed = q.pack(encoded)
+    for error, match, act in ((ValueError, '32 bytes of codes in a row: 50 columns take 25', lambda: q.unpack(packed, 50)),
+                              (ValueError, '2 bytes of flags in a row: 9 flags take 4', lambda: unpack_flags(packed.flags, 9)),
+                              (ValueError, '3 flags in a row: 64 codes in groups of 16 have 4', lambda: q.decode(encoded.codes, encoded.flags[:, :3], encoded.scale)),
+                              (ValueError, '4 flags in a row', lambda: drop_bits(encoded.codes, encoded.flags, 32)), (TypeError, 'unpack', lambda: q.decode(*packed)),
+                              (TypeError, 'int8 codes', lambda: find_flags(torch.randn(3, 64), 16)), (ValueError, "axis='int4'", lambda: Quartz('int4'))):
+        with pytest.raises(error, match=match): act()

@@ -143,6 +143,8 @@ def test_wrong_plans():
                         ('input segment 4', ([4], [2])), ('input segment 4', ((4, Q), [2])), ('blocks of 3', ([(9, Q)], [2], Q, [3])),
                         ('blocks of 8', ([(12, Q)], [2], Q, [8])), ('blocks of 0', ([(12, Q)], [2], Q, [0])), ('one for each', ([(12, Q)], [2], Q, [4, 4]))):
         with pytest.raises(ValueError, match=match): Plan(*args)
+    for name, args in (('inputs', (4, [2])), ('outputs', ([(4, Q)], 2)), ('outputs', ([(4, Q)], '2')), ('blocks', ([(4, Q)], [2], Q, 4))):
+        with pytest.raises(TypeError, match=f'{name}=.*expected a list'): Plan(*args)
     assert Plan([[4, Q]], [2], Q, [1]).blocks == () and Plan([[4, Q]], [2], Q, [1]).inputs == ((4, Q),)
 
 
@@ -156,7 +158,11 @@ def test_wrong_parts_are_named_before_anything_is_made():
             (ValueError, 'branch, up', (layer, plan, rows, None, (down, up.T))), (ValueError, r'expected \(rows, 10\)', (layer, plan, rows[:, :9], torch.ones(10))),
             (ValueError, r'expected \(rows, 10\)', (layer, plan, rows.view(5, 10, 10))), (ValueError, r'expected \(rows, 10\)', (layer, plan, rows[:0])),
             (TypeError, 'Conv2d', (nn.Conv2d(10, 6, 1), plan, rows)), (ValueError, 'meta', (nn.Linear(10, 6, device='meta'), plan, rows)),
-            (ValueError, 'output segments and rows', (nn.Linear(10, 7), plan, rows)), (TypeError, 'floating-point', (layer, plan, rows.long()))):
+            (ValueError, r'output segments and rows .* 7, of shape \(7, 10\)\.$', (nn.Linear(10, 7), plan, rows)),
+            (TypeError, 'expected a Plan', (layer, Quantizer(), rows)), (TypeError, 'low_rank is a Tensor', (layer, plan, rows, None, down)),
+            (TypeError, 'rows of type dict', (layer, plan, {'layer': rows})), (TypeError, 'rows of type list', (layer, plan, [rows])),
+            (ValueError, 'fixed scale for each token', (layer, Plan([(10, Quantizer(axis=-1))], [6]), stats_of(rows))),
+            (TypeError, 'floating-point', (layer, plan, rows.long()))):
         with pytest.raises(error, match=match): SegLinear.of(*args)
     codes, scale, _, bounds = quantize_weight(layer.weight, plan)
     ready = fit_inputs(plan, rows)
@@ -164,7 +170,11 @@ def test_wrong_parts_are_named_before_anything_is_made():
                                  ('scales of shape', EncodedWeight(codes, scale[:, :1], None, bounds), {}), ('zero points of shape', EncodedWeight(codes, scale, scale[:1], bounds), {}),
                                  ('a bias of shape', EncodedWeight(codes, scale, None, bounds), dict(bias=torch.ones(5)))):
         with pytest.raises(ValueError, match=match): SegLinear(ready, weight, **extra)
+    with pytest.raises(TypeError, match='expected what quantize_weight returns'): SegLinear(plan, layer.weight)
     q = SegLinear.of(layer, plan, rows)
+    with pytest.raises(ValueError, match=r"layer is on cpu: use layer.to\('meta'\)"): q(torch.ones(2, 10, device='meta'))
+    with pytest.raises(ValueError, match='input segment 1 has learned: .* input1_'):
+        SegLinear.restore(plan, {k: t for k, t in q.state_dict().items() if k != 'input1_scale'})
     for x in (torch.ones(2, 10, dtype=torch.int64), torch.ones(2, 9), torch.tensor(1.)):
         with pytest.raises(ValueError, match='this layer reads 10 channels'): q(x)
 
