@@ -25,7 +25,7 @@ from .quartz import Quartz
 from .rotate import block_sizes
 from .seglinear import Plan, granules, plan_for
 
-# %% ../nbs/50_config.ipynb #304a24a4
+# %% ../nbs/50_config.ipynb #c4e8a795
 class Optimum(Enum):
     "What is done to a weight before it is rounded"
     DEFAULT = 'default'  # nothing
@@ -90,6 +90,7 @@ class Tensors:
     clip: str = 'amax'  # or percentile, or mse
     percentile: float = _within(99.9, 1e-9, 100)
     quartz: int = _within(0, 0)  # columns that share a FLAG in QuaRTZ: 16 or 32; 0: no QuaRTZ
+    quartz_rounded: bool = False  # to the nearest, not towards zero as published
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _member(value, kind, where: str):
     raise ValueError(f'{where}={value!r} is not one of {", ".join(names)}.'
                      f'{_nearest(str(value).lower(), names)}')
 
-# %% ../nbs/50_config.ipynb #8612d84d
+# %% ../nbs/50_config.ipynb #7f103e4a
 @dataclass(frozen=True)
 class Config:
     "A default and its exceptions"
@@ -240,7 +241,7 @@ def _quantizers(config: LayerConfig) -> tuple:
     "For inputs, for asymmetric inputs if they are treated otherwise, and for the weight"
     x, w, lopsided = config.input_quant, config.weight_quant, None
     how = dict(axis=x.axis, dynamic=x.dynamic, clip=x.clip, percentile=x.percentile)
-    if x.quartz: activation = Quartz(group=x.quartz, **how)
+    if x.quartz: activation = Quartz(group=x.quartz, rounded=x.quartz_rounded, **how)
     else: activation = Quantizer(x.type, symmetric=x.symmetric, **how)
     if not (x.quartz or x.type.is_passthrough): lopsided = DualScale(x.type, **how)
     return activation, lopsided, Quantizer(
@@ -261,6 +262,8 @@ def _check_together(config: LayerConfig, where: str):
              'scales per token would only fit inputs of one length'),
             (x.quartz and x.type is not DType.INT4, f'input_quant.quartz={x.quartz}: QuaRTZ is for '
                                                     'type int4'),
+            (x.quartz_rounded and not x.quartz, 'input_quant.quartz_rounded says how quartz '
+                                                'rounds: set quartz, too'),
             (x.quartz and not x.symmetric, 'input_quant.quartz: QuaRTZ has no zero point'),
             (w.quartz, 'weight_quant.quartz: QuaRTZ is for inputs; weights have scales in groups '
                        '(calib.groupsize)'),

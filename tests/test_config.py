@@ -37,6 +37,7 @@ WRONG = {  # what, and a piece of what has to be said
     'static tokens': ({'input_quant': {'axis': -1}}, 'input_quant.axis=-1 without dynamic=True'),
     'inputs by channel': ({'input_quant': {'axis': 1}}, 'input_quant.axis=1'),
     'quartz in 8 bits': ({'input_quant': {'quartz': 16}}, 'QuaRTZ is for type int4'),
+    'rounding without quartz': ({'input_quant': {'quartz_rounded': True}}, 'set quartz, too'),
     'quartz for weights': ({'weight_quant': {'quartz': 16}}, 'QuaRTZ is for inputs'),
     'lopsided float': ({'input_quant': {'type': 'fp8e4m3', 'symmetric': False}}, 'cannot be asymmetric'),
     'odd rotation': ({'opt': {'rotate': 24}}, 'expected a power of two'),
