@@ -66,7 +66,7 @@ def _moved(model: nn.Module, samples: list, right: list[Tensor]) -> float:
     wrong = sum((_outputs(model, s) - r).square().sum() for s, r in zip(samples, right))
     return (wrong/sum(r.square().sum() for r in right)).item()
 
-# %% ../nbs/52_auto.ipynb #016cc388
+# %% ../nbs/52_auto.ipynb #ee236c07
 _WORTH = .9  # of the error must be left at most, or the simpler way, which is listed first, will do
 
 
@@ -98,7 +98,7 @@ def allot(
     size = sum(g.bytes[i] for g, i in zip(groups, chosen))
     left = sum(g.errors[i] for g, i in zip(groups, chosen))
     if size > most: raise ValueError(f'{most:,.0f} bytes are too few: with the smallest option '
-                                     f'everywhere, the layers take {size:,.0f}.')
+                                     f'everywhere, these layers take {size:,.0f}.')
     steps = [(_slope(g, a, b), n, a, b) for n, (g, hull) in enumerate(zip(groups, hulls))
              for a, b in itertools.pairwise(hull)]
     for _, n, a, b in sorted(steps, key=lambda s: -s[0]):
@@ -109,7 +109,7 @@ def allot(
         left += groups[n].errors[b] - groups[n].errors[a]
     return chosen
 
-# %% ../nbs/52_auto.ipynb #8d40baaf
+# %% ../nbs/52_auto.ipynb #ac58969a
 def one_budget(**given: float | None) -> dict[str, float]:
     "The one that is given"
     found = {k: v for k, v in given.items() if v is not None}
@@ -124,20 +124,23 @@ class Measured:
     "How much each layer matters, and what it could become; shows itself as a picture"
     groups: tuple[Options, ...]
     ways: dict[str, Config]
+    fixed: int = 0  # bytes of the layers that are not among them: convolutions, for example
 
     @property
     def weights(self) -> int: return sum(g.weights for g in self.groups)
 
     def choose(
         self,
-        bits: float | None = None,  # per weight: scales, branches and biases included
-        bytes: float | None = None,  # of all these layers
+        bits: float | None = None,  # per weight of these layers, with scales, branches and biases
+        bytes: float | None = None,  # of all layers, as `explain` counts them
         error: float | None = None,  # of the model's output, relative, as far as this can tell
     ) -> Config:
         "The best within one budget"
         budget, = one_budget(bits=bits, bytes=bytes, error=error).items()
-        if bits is not None: bytes = bits*self.weights/8
-        most, aim = (float('inf'), error**2) if bytes is None else (bytes, 0.)
+        most, aim = float('inf'), 0.
+        if error is not None: aim = error**2
+        elif bits is not None: most = bits*self.weights/8
+        else: most = bytes - self.fixed
         return self._config(allot(list(self.groups), most, aim), budget)
 
     def _config(self, chosen: list[int], budget: tuple) -> Config:
@@ -182,18 +185,19 @@ def measure_layers(
         exact = sum(stats_bytes(model, semantics, True, keep).values()) <= memory
         stats = collect_stats(model, calib_set, semantics, exact, keep, memory, progress=progress)
     ways = {name: read_config(config) for name, config in ways.items()}
-    plans = [{l.name: l for l in explain(model, config, semantics).layers if l.plan is not None}
+    plans = [{l.name: l for l in explain(model, config, semantics).layers}
              for config in ways.values()]
     every = max(len(calib_set)//samples, 1)
     tried = [calib_set[i] for i in range(0, len(calib_set), every)][:samples]
-    todo = [[l.name for l in group] for group in group_layers(plans[0], semantics)
-            if group[0].name in stats]
+    linear = {n: l for n, l in plans[0].items() if l.plan is not None and n in stats}
+    todo = [[l.name for l in group] for group in group_layers(linear, semantics)]
+    fixed = sum(l.before for n, l in plans[0].items() if n not in linear)
     with torch.no_grad():
         right = [_outputs(model, s) for s in tried]
         found = tuple(_measure(model, [[plan[n] for n in group] for plan in plans], stats[group[0]],
                                tried, right, tuple(ways))
                       for group in tqdm(todo, desc='measuring', disable=not progress))
-    return Measured(found, ways)
+    return Measured(found, ways, fixed)
 
 
 def _measure(model: nn.Module, plans: list[list[LayerPlan]], stats, samples: list,

@@ -277,7 +277,7 @@ def _check_together(config: LayerConfig, where: str):
     try: _quantizers(config)
     except ValueError as e: raise ValueError(f'{where}: {e}') from None
 
-# %% ../nbs/50_config.ipynb #dfc20614
+# %% ../nbs/50_config.ipynb #72d4dcba
 _SEARCH = {'search_alpha_config': {'enable': True}}
 _SMOOTH, _SVD = {'type': 'smooth', **_SEARCH}, {'type': 'svd', 'low_rank': 64, **_SEARCH}
 _TOKEN = {'type': 'int8', 'axis': -1, 'dynamic': True}
@@ -307,6 +307,7 @@ PRESETS |= {short: {'default': PRESETS[f'segquant-g-{short}']['default'] | chang
     'w4a8': {'calib': _BEST | {'clip_search': True}},
     'w4a4': {'calib': _BEST | {'clip_search': True}, 'opt': _SVD | {'low_rank': 32, 'rotate': 64}},
 }.items()}
+PRESETS['w8a8-dynamic'] = {'default': PRESETS['w8a8']['default'] | {'input_quant': _TOKEN}}
 
 # %% ../nbs/50_config.ipynb #58ea4130
 def plan_layer(

@@ -78,6 +78,22 @@ def test_auto_is_a_configuration(model, samples):
     assert [way(again, n) for n in ('loud', 'soft')] == ['int8', 'int4']
 
 
+def test_a_budget_of_bytes_counts_what_explain_counts(samples):
+    class WithConvolution(TwoPaths):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 16, 3, padding=1)
+
+        def forward(self, x): return super().forward(x) + self.conv(x[:, None]).mean(1)
+
+    model = WithConvolution().eval()
+    found = measure_layers(model, samples, WAYS, progress=False)
+    assert found.fixed == 2*sum(p.numel() for p in model.conv.parameters())
+    size = found.fixed + 14*found.weights//16
+    plan = explain(model, found.choose(bytes=size), example=samples[0])
+    assert .7*size < plan.bytes_after <= size
+
+
 def test_few_rows_instead_of_hessians(model, samples, measured):
     few = measure_layers(model, samples, WAYS, memory=3.3e5, keep=64, progress=False)
     for a, b in zip(few.groups, measured.groups):
