@@ -21,7 +21,7 @@ from .scenes import (BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, TO
                                 Scene, check_pictures, check_same_shape, check_scenes)
 from .zoo import generate, read_weights
 
-# %% ../nbs/03_metrics.ipynb #84bd79e9
+# %% ../nbs/03_metrics.ipynb #5d732154
 def psnr(
     images: Tensor,  # (B, C, H, W) in [0, 1]
     reference: Tensor,  # the same shape
@@ -61,6 +61,8 @@ def relative_error(
 ) -> Tensor:  # (B,)
     "‖x − reference‖ / ‖reference‖ of each item"
     check_same_shape(x, reference)
+    if x.ndim < 2:
+        raise ValueError(f'relative_error takes items of shape (B, …); these are {tuple(x.shape)}.')
     x, reference = x.double().flatten(1), reference.double().flatten(1)
     return (x - reference).norm(dim=1)/reference.norm(dim=1)
 
@@ -160,7 +162,7 @@ def ask(
     relation = (result['layout']*~turn).masked_fill(right[:, -1] < 0, torch.nan)
     return result | {'relation': relation}
 
-# %% ../nbs/03_metrics.ipynb #887b1272
+# %% ../nbs/03_metrics.ipynb #e9ff0ef3
 @torch.no_grad()
 def perceptual(
     judge: Judge,
@@ -193,7 +195,13 @@ def gaussian_distance(
     if min(len(x), len(y)) < 2:
         raise ValueError(f'{len(x)} and {len(y)} pictures: a spread needs two at least on each '
                          'side, and an honest distance hundreds.')
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f'features of shape {tuple(x.shape)} and {tuple(y.shape)}: expected '
+                         '(N, D) and (M, D).')
     x, y = x.double(), y.double()
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError('features that are not finite have no distance: look for the pictures '
+                         'that are not.')
     a, b = x.T.cov(), y.T.cov()
     values, vectors = torch.linalg.eigh(a)
     root = vectors*values.clamp(min=0).sqrt() @ vectors.T
@@ -274,15 +282,15 @@ def draw_latent_error(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/03_metrics.ipynb #e4a2351c
+# %% ../nbs/03_metrics.ipynb #a87cbf53
 def bootstrap(
-    values: Tensor,  # (B,) one value a picture
+    values: Tensor | list[float],  # (B,) one value a picture
     confidence: float = .95,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # mean, and the ends of its interval
     "The mean, and how far it could be off because these pictures and no others were drawn"
-    values = values.detach().cpu().double()
+    values = torch.as_tensor(values, dtype=torch.float64, device='cpu').detach()
     if values.ndim != 1:
         raise ValueError(f'values of shape {tuple(values.shape)}: expected one for each picture, '
                          'such as a column error[:, -1].')

@@ -7,9 +7,10 @@ __all__ = ['SHAPES', 'COLORS', 'TEXTURES', 'SIZES', 'RELATIONS', 'TONES', 'BACKG
            'is_held_out', 'sample_scene', 'caption', 'vocabulary', 'render', 'check_scenes', 'scene_table',
            'draw_table', 'check_pictures', 'check_same_shape', 'edges', 'edge_overlap', 'scene_batch']
 
-# %% ../nbs/01_scenes.ipynb #7b676d86
+# %% ../nbs/01_scenes.ipynb #8e8c3479
 import random
 from dataclasses import dataclass, replace
+from typing import Iterable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ TONES = {'dark': (.13, .13, .15), 'light': (.86, .86, .84),
 BACKGROUNDS = ('plain', 'gradient', 'grainy')
 SIDE = 64  # height and width of a picture in pixels
 
-# %% ../nbs/01_scenes.ipynb #a9e00343
+# %% ../nbs/01_scenes.ipynb #310714b3
 @dataclass(frozen=True)
 class Thing:
     "One object of a scene"
@@ -38,6 +39,9 @@ class Thing:
     shape: str
     x: float  # of its center, in pixels from the left
     y: float  # of its center, in pixels from the top
+
+    def __post_init__(self):
+        for word, known in zip(self.words, (SIZES, COLORS, TEXTURES, SHAPES)): _known(word, known)
 
     @property
     def words(self) -> tuple[str, str, str, str]:
@@ -53,6 +57,19 @@ class Scene:
     tone: str
     background: str
     seed: int  # of the grain
+
+    def __post_init__(self):
+        if len(self.things) != (2 if self.relation else 1):
+            raise ValueError(f'{len(self.things)} things and relation={self.relation!r}: a scene '
+                             'has one thing and no relation, or two and one.')
+        for word, known in ((self.tone, TONES), (self.background, BACKGROUNDS),
+                            (self.relation, (None, *RELATIONS))): _known(word, known)
+
+
+def _known(word: str | None, known: Iterable):
+    if word not in known:
+        raise ValueError(f'{word!r} is not a word of the scenes: expected one of '
+                         f'{", ".join(map(str, known))}.')
 
 # %% ../nbs/01_scenes.ipynb #08aa55ea
 def is_held_out(

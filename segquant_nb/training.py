@@ -8,7 +8,7 @@ __all__ = ['LENGTHS', 'PARTS', 'Pool', 'make_pool', 'token_ids', 'Task', 'train'
            'sample_of', 'denoiser_task', 'distillation_task', 'control_task', 'Recipe', 'recipe_of', 'save_weights',
            'train_part']
 
-# %% ../nbs/04_training.ipynb #0f7af4a1
+# %% ../nbs/04_training.ipynb #4614bdfc
 import argparse
 import copy
 import csv
@@ -39,7 +39,8 @@ from .scenes import (caption, draw_table, edge_overlap, edges, render, sample_sc
                                 scene_table)
 from .zoo import (FAMILIES, TEXT_LENGTH, WEIGHTS, WIDTH, autoencoder, build,
                              clip_encoder, clip_tokenizer, controlnet_for, generate, load,
-                             noise_model, read_weights, t5_encoder, t5_tokenizer, with_controlnet)
+                             noise_model, read_weights, t5_encoder, t5_tokenizer, weights_listing,
+                             with_controlnet)
 
 # %% ../nbs/04_training.ipynb #0a4f394b
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def token_ids(tokenizer, words: list[str]) -> Tensor:
     return tokenizer(words, padding='max_length', max_length=TEXT_LENGTH, truncation=True,
                      return_tensors='pt').input_ids
 
-# %% ../nbs/04_training.ipynb #feaa0664
+# %% ../nbs/04_training.ipynb #616299c4
 @dataclass
 class Task:
     "What `train` needs to know: a module, its loss at a step, and how long"
@@ -92,6 +93,7 @@ class Task:
     rate: float  # the highest learning rate, reached after a short warm-up
     decay: float = .999  # of the moving average of the weights
     sample: Callable[[nn.Module], Tensor] | None = None  # (B, 3, H, W) pictures for the log
+    data: str = ''  # what it learns from, in words; to go on with other data is refused
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def train(
 ) -> nn.Module:  # a copy of the module with the averaged weights
     "Train, or go on where an interrupted run stopped, with the batches that it would have seen"
     if task.steps < 1: raise ValueError(f'steps={task.steps}: expected one at least.')
-    folder, run = Path(folder), [task.steps, task.rate]
+    folder, run = Path(folder), [task.steps, task.rate, task.data]
     folder.mkdir(parents=True, exist_ok=True)
     module, average = task.module.train(), copy.deepcopy(task.module).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=task.rate, betas=(.9, .99),
@@ -134,8 +136,9 @@ def train(
 
     log = folder/'log.csv'
     if log.exists():  # a killed run may have logged more than it saved
-        rows = log.read_text(encoding='utf-8').splitlines(keepends=True)
-        log.write_text(''.join(r for r in rows if int(r.split(',')[0]) <= start), encoding='utf-8')
+        rows = log.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+        whole = [r for r in rows if r.split(',')[0].isdecimal() and r.endswith('\n')]
+        log.write_text(''.join(r for r in whole if int(r.split(',')[0]) <= start), encoding='utf-8')
     saved_at, done, sums, summed = time.monotonic(), start, {}, 0
     bar = tqdm(range(start, task.steps), initial=start, total=task.steps, desc=folder.name,
                mininterval=5)
@@ -189,10 +192,10 @@ def _read_state(path: Path, module: nn.Module, run: list) -> dict:
                          'the beginning.') from error
     same_module = shapes == {k: v.shape for k, v in module.state_dict().items()}
     if saved['run'] != run or not same_module:
-        (steps, rate), (new_steps, new_rate) = saved['run'], run
+        was, now = (f'{steps} steps at a rate of {rate:g}{"".join(f", {d}" for d in data if d)}'
+                    for steps, rate, *data in (saved['run'], run))
         raise ValueError(f'{path} is of another run{"" if same_module else " of another module"}, '
-                         f'{steps} steps at a rate of {rate:g}, and this one has {new_steps} at '
-                         f'{new_rate:g}: ask for the same, or move it away.')
+                         f'{was}, and this one has {now}: ask for the same, or move it away.')
     return saved
 
 
@@ -555,7 +558,7 @@ def recipe_of(
     return Recipe(tuple(run['steps']), tuple(run['rate']), run['batch'],
                   run.get('scenes', Recipe.scenes), run.get('guidance steps', [0])[-1])
 
-# %% ../nbs/04_training.ipynb #e17a8c45
+# %% ../nbs/04_training.ipynb #5223a839
 def save_weights(
     name: str,
     module: nn.Module,
@@ -569,7 +572,7 @@ def save_weights(
     state = {k: v.half().cpu().contiguous()
              for k, v in module.state_dict().items() if k.startswith(keep)}
     content, listing = save(state), folder/'weights.json'
-    known = json.loads(listing.read_text(encoding='utf-8')) if listing.exists() else {}
+    known = weights_listing(folder) if listing.exists() else {}
     known[name] = dict(about=about, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     for path, data in ((folder/f'{name}.safetensors', content),
                        (listing, (json.dumps(known, indent=1) + '\n').encode())):
@@ -600,6 +603,7 @@ def train_part(
     folder = Path(folder or Path(runs)/'weights')
     if not (folder/'weights.json').is_file():
         shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
+    weights_listing(folder)  # before the work, not after it: can the result be listed there?
     # cuDNN's attention broke FLUX's backward, torch 2.11
     backends = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     with sdpa_kernel(list(backends)):
@@ -615,15 +619,16 @@ def _train_by(recipe: Recipe, name: str, runs: Path, folder: Path, device: str) 
         with _seeded(0): pipe = load(family, denoiser=name != family, folder=folder).to(device)
         pool, given = with_latents(pool, pipe), (pipe,)
     if name != family: pool = with_edges(pool)
-    trained = None
+    trained, data = None, f'{recipe.batch} of {recipe.scenes} scenes in each'
     for i, (steps, rate) in enumerate(zip(recipe.steps, recipe.rates)):
         task = PARTS[name](*given, pool, steps=steps, batch=recipe.batch, rate=rate)
+        task = replace(task, data=data)
         if trained: task.module.load_state_dict(trained.state_dict())
         trained = train(task, runs/(f'{name}-{i + 1}' if i else name))
     if recipe.guidance:
         noise_model(pipe).load_state_dict(trained.state_dict())
         second = distillation_task(pipe, pool, steps=recipe.guidance, batch=recipe.batch)
-        trained = train(second, runs/f'{name}-guidance')
+        trained = train(replace(second, data=data), runs/f'{name}-guidance')
     return trained
 
 
@@ -643,7 +648,7 @@ def _command(arguments: list[str] | None = None):
                                          'starts as a copy of the installed ones)')
     given = vars(parser.parse_args(arguments))
     try: train_part(given.pop('part'), **given)
-    except (ValueError, FileNotFoundError) as error: sys.exit(str(error))
+    except (ValueError, OSError) as error: sys.exit(str(error))
 
 
 if __name__ == '__main__' and '__file__' in globals():

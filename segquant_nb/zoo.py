@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT_LENGTH', 'WIDTH', 'LATENT_CHANNELS', 'FAMILIES', 'WEIGHTS', 'clip_tokenizer', 't5_tokenizer', 'unknown_words',
            'clip_encoder', 't5_encoder', 'parameters', 'autoencoder', 'sd35_transformer', 'flux_transformer',
-           'sdxl_unet', 'build', 'noise_model', 'controlnet_for', 'with_controlnet', 'read_weights', 'load', 'generate']
+           'sdxl_unet', 'build', 'noise_model', 'controlnet_for', 'with_controlnet', 'weights_listing', 'read_weights',
+           'load', 'generate']
 
 # %% ../nbs/02_zoo.ipynb #3f0f4996
 import copy
@@ -167,12 +168,12 @@ def sdxl_unet() -> nn.Module:  # a diffusers.UNet2DConditionModel
         cross_attention_dim=2*WIDTH, use_linear_projection=True, addition_embed_type='text_time',
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=WIDTH + 6*32).eval()
 
-# %% ../nbs/02_zoo.ipynb #d8e6f7e0
+# %% ../nbs/02_zoo.ipynb #6737750d
 def build(
     name: str,  # "tiny-sd35", "tiny-flux" or "tiny-sdxl"
 ):  # a StableDiffusion3Pipeline, FluxPipeline or StableDiffusionXLPipeline
     "The pipeline with random weights"
-    if name not in FAMILIES:
+    if name not in list(FAMILIES):
         close = get_close_matches(str(name), FAMILIES, n=1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
         raise ValueError(f'{name!r} is not in the zoo.{hint} There are {", ".join(FAMILIES)}.')
@@ -274,8 +275,23 @@ def with_controlnet(
     result.set_progress_bar_config(disable=True)
     return result
 
-# %% ../nbs/02_zoo.ipynb #e72bccd8
+# %% ../nbs/02_zoo.ipynb #d4a64798
 WEIGHTS = Path(find_spec('segquant_nb').origin).parent/'weights'
+
+
+def weights_listing(
+    folder: str | Path = WEIGHTS,
+) -> dict[str, dict]:  # name → what it is, its bytes and its checksum
+    "What weights.json says of the files beside it"
+    listing = Path(folder)/'weights.json'
+    if not listing.is_file():
+        raise FileNotFoundError(f'{listing.parent} holds no weights of the zoo: there is no '
+                                'weights.json in it. Leave `folder` out for those that came with '
+                                'the package.')
+    try: return json.loads(listing.read_text(encoding='utf-8'))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f'{listing} is damaged: {error}. Install segquant_nb again, or name a '
+                         'folder whose weights are whole.') from error
 
 
 def read_weights(
@@ -284,12 +300,7 @@ def read_weights(
 ) -> dict[str, Tensor]:  # a state dict, float32
     "Weights that come with the package, after a look at their checksum"
     from safetensors.torch import load
-    path, listing = Path(folder)/f'{name}.safetensors', Path(folder)/'weights.json'
-    if not listing.is_file():
-        raise FileNotFoundError(f'{listing.parent} holds no weights of the zoo: there is no '
-                                'weights.json in it. Leave `folder` out for those that came with '
-                                'the package.')
-    known = json.loads(listing.read_text(encoding='utf-8'))
+    path, known = Path(folder)/f'{name}.safetensors', weights_listing(folder)
     if name not in known or not path.is_file():
         raise FileNotFoundError(f'{path.name} is not there: the weights have {", ".join(known)}. '
                                 'If it should be, install segquant_nb again.')
@@ -309,6 +320,9 @@ def load(
     folder: str | Path = WEIGHTS,  # where the weights are
 ):  # a StableDiffusion3Pipeline, FluxPipeline or StableDiffusionXLPipeline, or its ControlNet twin
     "A trained pipeline, an ordinary one of diffusers; no network, no files but the package's own"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'dtype={dtype!r}: expected a floating-point type, such as '
+                         'torch.bfloat16.')
     pipe = build(name)
     text = read_weights('text', folder)
     def encoder(prefix):
@@ -331,7 +345,7 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor]):
     plain = {k.removeprefix('text_model.'): v for k, v in weights.items()}
     encoder.load_state_dict({k: plain[k.removeprefix('text_model.')] for k in encoder.state_dict()})
 
-# %% ../nbs/02_zoo.ipynb #772e1d3a
+# %% ../nbs/02_zoo.ipynb #83066e7b
 def _readable(pipe, texts: list[str]) -> tuple[list[str], list[str]]:
     "Texts in small letters, as many words as every tokenizer has room for; and the words left out"
     tokenizers = [t for k, t in pipe.components.items() if k.startswith('tokenizer') and t]
@@ -350,13 +364,14 @@ def _readable(pipe, texts: list[str]) -> tuple[list[str], list[str]]:
 
 def _for_the_zoo(pipe, prompts: list[str], options: dict) -> tuple[list[str], dict]:
     "Prompts and other texts as the zoo reads them; a warning says what it makes nothing of"
-    if unknown := unknown_words(prompts): warnings.warn(_said_of(unknown), stacklevel=4)
+    texts = {k: [v] if isinstance(v, str) else v for k, v in options.items()
+             if k.startswith(('prompt', 'negative_prompt')) and isinstance(v, (str, list))}
+    if unknown := unknown_words(sum(texts.values(), prompts)):
+        warnings.warn(_said_of(unknown), stacklevel=4)
     prompts, lost = _readable(pipe, prompts)
-    texts = {k: v for k, v in options.items() if k.startswith(('prompt', 'negative_prompt'))
-             and isinstance(v, (str, list))}
     for k, v in texts.items():
-        read, more = _readable(pipe, [v] if isinstance(v, str) else v)
-        options, lost = options | {k: read[0] if isinstance(v, str) else read}, lost + more
+        read, more = _readable(pipe, v)
+        options, lost = options | {k: read[0] if isinstance(options[k], str) else read}, lost + more
     if lost:
         more = f' and {len(lost) - 5} words more' if len(lost) > 5 else ''
         warnings.warn(f'the zoo reads {TEXT_LENGTH - 2} tokens of a prompt (a known word is one, '
@@ -364,7 +379,7 @@ def _for_the_zoo(pipe, prompts: list[str], options: dict) -> tuple[list[str], di
                       f'{" ".join(w[:20] for w in lost[:5])!r}{more}.', stacklevel=4)
     return prompts, options
 
-# %% ../nbs/02_zoo.ipynb #55b38ab2
+# %% ../nbs/02_zoo.ipynb #21862213
 def _drawing(pipe, generator):  # the pipeline, or one with the same parts
     "SD3's ControlNet pipeline encodes edges with noise of each picture's own, as others do"
     if type(pipe).__name__ != 'StableDiffusion3ControlNetPipeline': return pipe
@@ -427,6 +442,11 @@ def _check_call(pipe, prompts: list[str], batch: int, edges: Tensor | None, opti
     if (many := options.get('num_images_per_prompt', 1)) != 1:
         raise ValueError(f'num_images_per_prompt={many}: generate draws one picture for a prompt, '
                          'from a seed of its own; write the prompt several times.')
+    if (steps := options.get('num_inference_steps', 1)) < 1:
+        raise ValueError(f'num_inference_steps={steps}: expected one at least.')
+    if own := {'prompt', 'image', 'control_image', 'return_dict'} & options.keys():
+        raise ValueError(f'{", ".join(sorted(own))}: generate makes that itself, of its prompts '
+                         'and edges.')
     for k, v in options.items():
         if _is_one_each(k, v) and len(v) != len(prompts):
             raise ValueError(f'{k} has {len(v)} entries: expected one for each of '

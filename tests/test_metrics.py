@@ -169,6 +169,12 @@ def test_one_thing_has_no_other_way_round():
     assert not any(v.isnan() for v in found.values()) and found['color'] == found['shape'] == found['texture'] == 0
 
 
+def test_of_two_equal_things_neither_is_swapped():
+    scene = Scene((Thing('small', 'red', 'plain', 'ring', 20., 30.), Thing('small', 'red', 'plain', 'ring', 44., 30.)), 'left of', 'dark', 'plain', 0)
+    found = ask(Parrot(metrics.answers([scene])), torch.zeros(1, 3, 64, 64), [scene])
+    assert found['relation'] == found['color'] == 1
+
+
 def test_a_relation_between_things_that_are_not_there_is_wrong():
     "Two things were asked for and the judge sees one, or the other axis"
     scene = next(s for s in map(sample_scene, range(99)) if s.relation)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from segquant_nb.metrics import answers
-from segquant_nb.scenes import check_pictures, edge_overlap, edges, render, sample_scene
+from segquant_nb.scenes import Scene, Thing, check_pictures, edge_overlap, edges, render, sample_scene
 
 IMAGES = render([sample_scene(s) for s in range(3)])
 LINES = edges(IMAGES)
@@ -50,3 +50,21 @@ def test_pictures_of_any_float_type_and_size_pass():
         check_pictures(IMAGES.to(dtype), IMAGES.to(dtype))
         assert torch.equal(edges(IMAGES.to(torch.float64)), LINES.double())
     check_pictures(torch.zeros(1, 4, 7, 9))
+
+
+THING = 'small', 'red', 'plain', 'ring'
+
+
+@pytest.mark.parametrize('place, word', [(0, 'huge'), (1, 'teal'), (2, 'shiny'), (3, 'star'), (1, None)])
+def test_a_thing_of_other_words_is_refused(place, word):
+    with pytest.raises(ValueError, match=f'{word!r} is not a word of the scenes: expected one of '):
+        Thing(*THING[:place], word, *THING[place + 1:], 30., 30.)
+
+
+@pytest.mark.parametrize('things, relation, tone, background, said', [
+    (1, None, 'teal', 'plain', "'teal' is not .* dark, light"), (1, None, 'dark', 'dark', "'dark' is not .* plain, gradient"),
+    (2, 'beside', 'dark', 'plain', "'beside' is not .* left of"), (0, None, 'dark', 'plain', '0 things'), (2, None, 'dark', 'plain', '2 things'),
+    (1, 'above', 'dark', 'plain', '1 things'), (3, 'above', 'dark', 'plain', '3 things')])
+def test_a_scene_that_cannot_be_drawn_or_said_is_refused(things, relation, tone, background, said):
+    with pytest.raises(ValueError, match=said):
+        Scene((Thing(*THING, 30., 30.),)*things, relation, tone, background, 0)

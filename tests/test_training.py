@@ -160,13 +160,22 @@ def toy(steps=3, rate=.1, width=3):
     return Task(nn.Linear(width, 1), lambda net, step: {'error': net(torch.randn(4, width)).square().mean()}, steps, rate)
 
 
+def test_every_step_draws_noise_of_its_own(tmp_path):
+    seen = []
+    def loss(net, step):
+        seen.append(torch.rand(()).item())
+        return {'error': net(torch.ones(1, 3)).square().mean()}
+    train(Task(nn.Linear(3, 1), loss, 5, .1), tmp_path)
+    assert len(set(seen)) == 5
+
+
 def test_a_finished_run_says_so_and_a_state_of_another_run_is_refused(tmp_path, capsys):
     first = train(toy(), tmp_path)
     capsys.readouterr()
     assert equal(train(toy(), tmp_path).state_dict(), first.state_dict())
     assert 'is finished: all 3 steps are done' in capsys.readouterr().out
-    for other, said in ((toy(steps=4), '3 steps at a rate of 0.1, and this one has 4 at 0.1'), (toy(rate=.2), 'at 0.2'),
-                        (toy(width=5), 'another module')):
+    for other, said in ((toy(steps=4), '3 steps at a rate of 0.1, and this one has 4 steps at a rate of 0.1'), (toy(rate=.2), 'at a rate of 0.2'),
+                        (toy(width=5), 'another module'), (replace(toy(), data='other scenes'), 'this one has .* 0.1, other scenes')):
         with pytest.raises(ValueError, match=said):
             train(other, tmp_path)
 
@@ -289,10 +298,31 @@ def test_the_command_trains_and_says_when_there_is_nothing_to_do(tmp_path, monke
     assert 'judge is finished: all 2 steps are done' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='is of another run'):
         training._command([*SHORT[:2], '3', *SHORT[3:]])
+    for other in ([*SHORT[:4], '3', *SHORT[5:]], [*SHORT[:-1], '5']):  # it would go on with other scenes
+        with pytest.raises(SystemExit, match='2 of 4 scenes in each, and this one has'):
+            training._command(other)
     with pytest.raises(SystemExit, match='text.safetensors is not there: the weights have judge'):
         listing = tmp_path/'runs'/'weights'/'weights.json'
         listing.write_text('{"judge": {}}')
         training._command(['tiny-sdxl', *SHORT[1:]])
+
+
+def test_a_folder_that_cannot_take_the_result_is_refused_before_the_work(tmp_path):
+    (tmp_path/'weights').mkdir()
+    (tmp_path/'weights'/'weights.json').write_text('{')
+    (tmp_path/'file').touch()
+    for arguments, said in (([], 'weights.json is damaged'), (['--folder', str(tmp_path/'file')], 'file')):
+        with pytest.raises(SystemExit, match=said):
+            training._command([*SHORT, '--runs', str(tmp_path), *arguments])
+    assert not (tmp_path/'judge').exists()
+
+
+def test_lines_of_the_log_that_are_not_whole_do_not_stop_a_run(tmp_path):
+    train(toy(), tmp_path)
+    for name in ('state.pt', 'log.csv'): (tmp_path/name).unlink(missing_ok=True)
+    (tmp_path/'log.csv').write_bytes(b'garbage\n\n\xff\n0,1.5\n0')
+    train(toy(), tmp_path)
+    assert (tmp_path/'log.csv').read_text() == '0,1.5\n'
 
 
 def test_pools_are_made_without_other_processes(monkeypatch):

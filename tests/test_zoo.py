@@ -97,6 +97,12 @@ def test_the_warning_points_at_the_caller_and_comes_once():
     assert len(said) == 1 and said[0].filename == __file__ and "'sqare' (did you mean 'square'?)" in str(said[0].message)
 
 
+def test_words_of_a_negative_prompt_are_warned_of_too():
+    for given in ('a zebra', ['a', 'a zebra']):
+        with pytest.warns(UserWarning, match="never learned 'unicorn', 'zebra':"):
+            generate(load('tiny-sdxl'), ['a ring', 'a unicorn'], negative_prompt=given, num_inference_steps=1)
+
+
 def test_known_words_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -186,7 +192,8 @@ def test_lists_have_one_entry_for_each_prompt_whatever_the_batch():
 @pytest.mark.parametrize('option, said', [
     (dict(output_type='pil'), "output_type='pil': generate gives tensors"), (dict(num_images_per_prompt=2), 'one picture for a prompt'),
     (dict(negative_prompt=['a']), 'negative_prompt has 1 entries: expected one for each of 2'), (dict(batch=0), 'batch=0'),
-    (dict(latents=torch.zeros(3, 16, 16, 16)), 'latents has 3 entries')])
+    (dict(latents=torch.zeros(3, 16, 16, 16)), 'latents has 3 entries'), (dict(num_inference_steps=0), 'num_inference_steps=0'),
+    (dict(return_dict=False), 'return_dict: generate makes that itself'), (dict(control_image=LINES, prompt='a'), 'control_image, prompt: ')])
 def test_options_that_cannot_be_are_refused(option, said):
     with pytest.raises(ValueError, match=said):
         generate(load('tiny-sdxl'), ['a ring', 'a cross'], **option)
@@ -243,6 +250,20 @@ def test_a_folder_without_weights_is_named(tmp_path):
     for call in (lambda: read_weights('vae', tmp_path), lambda: load('tiny-flux', folder=tmp_path)):
         with pytest.raises(FileNotFoundError, match=f'{tmp_path.name} holds no weights of the zoo'):
             call()
+
+
+def test_a_damaged_listing_is_named(tmp_path):
+    whole = (WEIGHTS/'weights.json').read_bytes()
+    for content in (b'', whole[:300], b'\xff' + whole):
+        (tmp_path/'weights.json').write_bytes(content)
+        with pytest.raises(ValueError, match='weights.json is damaged'):
+            load('tiny-flux', folder=tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['bf16', torch.int8, None])
+def test_a_dtype_that_no_model_has_is_refused(dtype):
+    with pytest.raises(ValueError, match='expected a floating-point type'):
+        load('tiny-flux', dtype=dtype)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
