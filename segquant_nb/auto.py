@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'Options', 'allot', 'one_budget', 'Measured', 'measure_layers', 'plot_measured', 'Auto']
 
-# %% ../nbs/52_auto.ipynb #661806ac
+# %% ../nbs/52_auto.ipynb #eb33c0bf
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from .config import Config, LayerConfig, LayerPlan, explain, read_config
-from .graph import Semantics, analyze, as_call
+from .graph import Semantics, analyze, as_call, as_it_was
 from .observe import ModelStats, collect_stats, stats_bytes
-from .quantization import group_layers, shared_copy, solve_layers
+from .quantization import _put, group_layers, shared_copy, solve_layers
 
 # %% ../nbs/52_auto.ipynb #e3944fb7
 _TOKEN = {'type': 'int8', 'axis': -1, 'dynamic': True}
@@ -109,7 +109,7 @@ def allot(
         left += groups[n].errors[b] - groups[n].errors[a]
     return chosen
 
-# %% ../nbs/52_auto.ipynb #ac58969a
+# %% ../nbs/52_auto.ipynb #81d4bfd4
 def one_budget(**given: float | None) -> dict[str, float]:
     "The one that is given"
     found = {k: v for k, v in given.items() if v is not None}
@@ -141,6 +141,11 @@ class Measured:
         if error is not None: aim = error**2
         elif bits is not None: most = bits*self.weights/8
         else: most = bytes - self.fixed
+        least = sum(min(g.bytes) for g in self.groups)
+        if least > most:
+            least = f'{least + self.fixed:,}' if bits is None else f'{8*least/self.weights:.2f}'
+            raise ValueError(f'{budget[0]}={budget[1]:,g} are too few: with the smallest option '
+                             f'everywhere, it is {least}.')
         return self._config(allot(list(self.groups), most, aim), budget)
 
     def _config(self, chosen: list[int], budget: tuple) -> Config:
@@ -188,11 +193,14 @@ def measure_layers(
     plans = [{l.name: l for l in explain(model, config, semantics).layers}
              for config in ways.values()]
     every = max(len(calib_set)//samples, 1)
-    tried = [calib_set[i] for i in range(0, len(calib_set), every)][:samples]
+    device = next(model.parameters()).device
+    tried = [tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, calib_set[i])
+             for i in range(0, len(calib_set), every)][:samples]
     linear = {n: l for n, l in plans[0].items() if l.plan is not None and n in stats}
     todo = [[l.name for l in group] for group in group_layers(linear, semantics)]
     fixed = sum(l.before for n, l in plans[0].items() if n not in linear)
-    with torch.no_grad():
+    with as_it_was(model), torch.no_grad():
+        model.eval()
         right = [_outputs(model, s) for s in tried]
         found = tuple(_measure(model, [[plan[n] for n in group] for plan in plans], stats[group[0]],
                                tried, right, tuple(ways))
@@ -204,12 +212,13 @@ def _measure(model: nn.Module, plans: list[list[LayerPlan]], stats, samples: lis
              right: list[Tensor], ways: tuple[str, ...]) -> Options:
     "One group of layers, solved in every way; the coarsest one tried in the model"
     layers = [model.get_submodule(l.name) for l in plans[0]]
+    stats = stats.to(layers[0].weight.device)
     solved = [solve_layers(list(zip(layers, plan)), stats) for plan in plans]
     bytes = [sum(l.after for l in plan) for plan in plans]
     own = [sum(s.error**2 for s in made) for made in solved]
     coarsest = max(range(len(ways)), key=own.__getitem__)
     rounded = shared_copy(model)
-    for l, made in zip(plans[0], solved[coarsest]): rounded.set_submodule(l.name, made.layer)
+    for l, made in zip(plans[0], solved[coarsest]): _put(rounded, l.name, made.layer)
     gain = _moved(rounded, samples, right)/max(own[coarsest], 1e-30)
     return Options(tuple(l.name for l in plans[0]), sum(l.weight.numel() for l in layers),
                    ('16 bits', *ways), (sum(l.before for l in plans[0]), *bytes),

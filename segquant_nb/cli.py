@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/57_cli.ipynb #b892016a
+# %% ../nbs/57_cli.ipynb #38210426
 def open_pipeline(
     name: str,  # of the zoo, a folder, or a name on the Hugging Face hub
     device: str = 'cpu',
@@ -26,6 +26,10 @@ def open_pipeline(
     "A pipeline, in bfloat16 unless it is one of the zoo"
     import torch
     from segquant_nb.zoo import FAMILIES, load
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        said = str(e).split('\n')[0]
+        raise ValueError(f'device {device!r} cannot be used here: {said}') from None
     if name in FAMILIES: return load(name).to(device)
     from diffusers import DiffusionPipeline
     if Path(name).is_dir() and not (Path(name)/'model_index.json').is_file():
@@ -130,12 +134,14 @@ def _clock():
     def say(what): print(f'{time.perf_counter() - start:6.1f} s  {what}', flush=True)
     return say
 
-# %% ../nbs/57_cli.ipynb #534d9d6d
+# %% ../nbs/57_cli.ipynb #77016939
 def demo(
     out: str | Path = 'demo',  # folder for what it makes
     model: str = 'tiny-sd35',  # of the zoo
     configs: tuple = ('w8a8', 'w4a8'),
     pictures: int = 24,
+    seed: int = 0,  # of the first picture
+    device: str = 'cpu',
     **call,  # of the pipeline, such as num_inference_steps
 ) -> list:  # a Report for each configuration
     "Quantize a pipeline of the zoo and write what became of its pictures"
@@ -143,14 +149,14 @@ def demo(
     from segquant_nb.reporting import prompt_accuracy
     from segquant_nb.scenes import caption, sample_scene
     from segquant_nb.zoo import TEXT_LENGTH
-    pipe = open_pipeline(model)
+    pipe = open_pipeline(model, device)
     scenes = [sample_scene(10**6 + i, held_out=True) for i in range(pictures)]
     call = dict(height=64, width=64) | call
     if 'max_sequence_length' in inspect.signature(pipe.__call__).parameters:
         call = dict(max_sequence_length=TEXT_LENGTH) | call
     return compare_configs(pipe, configs, [caption(sample_scene(i)) for i in range(8)],
                            [caption(s) for s in scenes], out, f'{model} in fewer bits',
-                           prompt_accuracy(scenes), **call)
+                           prompt_accuracy(scenes), seed, **call)
 
 # %% ../nbs/57_cli.ipynb #7666b31d
 def _parser() -> argparse.ArgumentParser:
@@ -201,7 +207,7 @@ def _count(text: str) -> int:
 def _steps(args) -> dict:
     return {} if args.steps is None else {'num_inference_steps': args.steps}
 
-# %% ../nbs/57_cli.ipynb #22a3ba6b
+# %% ../nbs/57_cli.ipynb #261ad3a6
 def _demo(args): demo(args.out, args.model, pictures=args.pictures, **_steps(args))
 
 
@@ -210,7 +216,8 @@ def _report(args):
     from segquant_nb.zoo import FAMILIES
     configs = [read_config(c) for c in args.configs or ('w8a8', 'w4a8')]
     if args.prompts is None and args.model in FAMILIES:
-        return demo(args.out, args.model, configs, args.pictures, **_steps(args))
+        return demo(args.out, args.model, configs, args.pictures, args.seed, args.device,
+                    **_steps(args))
     if args.prompts is None:
         raise ValueError(f'{args.model} needs prompts: name a file, one prompt a line, with '
                          '--prompts.')

@@ -160,7 +160,7 @@ def _member(value, kind, where: str):
     raise ValueError(f'{where}={value!r} is not one of {", ".join(names)}.'
                      f'{_nearest(str(value).lower(), names)}')
 
-# %% ../nbs/50_config.ipynb #7f103e4a
+# %% ../nbs/50_config.ipynb #ff3d7c71
 @dataclass(frozen=True)
 class Config:
     "A default and its exceptions"
@@ -198,7 +198,9 @@ def read_config(
     if not isinstance(config, dict):
         raise TypeError(f'a configuration is a dict, the name of a preset or a YAML file, not '
                         f'{type(config).__name__}.')
-    default = merge_config(LayerConfig(), config.get('default', {}), 'default')
+    base = config.get('default', {})
+    if isinstance(base, (str, Path)): base = _named(base).get('default', {})
+    default = merge_config(LayerConfig(), base, 'default')
     odd = next((p for p in config if not isinstance(p, str)), None)
     if odd is not None: raise TypeError(f'{odd!r}: expected "default" or a pattern of names.')
     patterns = [(p, merge_config(default, entry, p)) for p, entry in config.items()
@@ -323,7 +325,7 @@ def plan_layer(
     if not config.opt.rotate: return plan
     return replace(plan, blocks=block_sizes(plan, config.opt.rotate))
 
-# %% ../nbs/50_config.ipynb #ce437898
+# %% ../nbs/50_config.ipynb #d95b67a7
 @dataclass
 class LayerPlan:
     "What would become of one layer"
@@ -413,30 +415,34 @@ def explain(
     config = read_config(config)
     if semantics is None: semantics = analyze(model, example=example)
     model = model if isinstance(model, nn.Module) else denoiser(model)
-    layers = [_explain_layer(name, layer, config.of(name), semantics.get(name))
-              for name, layer in model.named_modules() if name in semantics
-              or isinstance(layer, nn.Linear)]
-    inside = sum(p.numel() for l in layers for p in model.get_submodule(l.name).parameters())
-    other = 2*(sum(p.numel() for p in model.parameters()) - inside)
-    return Explanation(type(model).__name__, config, layers,
-                       config.remarks([l.name for l in layers]), other)
+    found = {name: layer for name, layer in model.named_modules() if name in semantics
+             or isinstance(layer, nn.Linear)}
+    inside = {part for layer in found.values() for part in layer.modules()}
+    counted = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    other, layers = 2*sum(p.numel() for p in counted), []
+    for name, layer in found.items():  # a weight that several share is there once
+        own = {p for p in layer.parameters() if p not in counted}
+        counted |= own
+        layers.append(_explain_layer(name, layer, config.of(name), semantics.get(name),
+                                     2*sum(p.numel() for p in own)))
+    return Explanation(type(model).__name__, config, layers, config.remarks(found), other)
 
 
 def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
-                   semantics: LayerSemantics | None) -> LayerPlan:
+                   semantics: LayerSemantics | None, before: int) -> LayerPlan:
     "One row"
-    before = sum(2*p.numel() for p in layer.parameters())
-    x, w = config.input_quant.type, config.weight_quant.type
+    x, w, kind = config.input_quant.type, config.weight_quant.type, type(layer)
     why = next((reason for wrong, reason in (
-        (not isinstance(layer, nn.Linear), f'{type(layer).__name__}: only linear layers are '
-                                           'quantized'),
+        (not isinstance(layer, nn.Linear), f'{kind.__name__}: only linear layers are quantized'),
+        (getattr(kind, 'forward', None) is not nn.Linear.forward,
+         f'{kind.__name__}: its forward is not that of nn.Linear'),
         (not config.enable, 'enable is False'),
         (x.is_passthrough and w.is_passthrough, 'both formats are 16-bit')) if wrong), '')
     if why: return LayerPlan(name, config, None, why, before, before)
     plan = plan_layer(layer, config, semantics)
     n, k = layer.weight.shape
-    stored = 4 if w.is_int and w.bits <= 4 else w.bits if w.is_passthrough else 8
-    scales = 0 if w.is_passthrough else 4*n*(len(granules(plan)) - 1)
+    stored = 4 if w.is_int and w.bits <= 4 else max(w.bits, 8)
+    scales = 4*n*(len(granules(plan)) - 1)*(1 if config.weight_quant.symmetric else 2)
     smooth = 4*k*(config.opt.type is not Optimum.DEFAULT)
     low_rank = config.opt.low_rank if config.opt.type is Optimum.SVD else 0
     room = n*k*stored//8 - smooth - (scales - 4*n)  # at most what twice the bits take

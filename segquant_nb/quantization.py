@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Solved', 'solve_layers', 'hessian_of', 'group_layers', 'Outcome', 'shared_copy', 'quantize', 'quantize_pipeline']
 
-# %% ../nbs/51_quantize.ipynb #725c7491
+# %% ../nbs/51_quantize.ipynb #1d869cc5
 import copy
 import hashlib
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from .ops import use_emulation, use_kernels
 from .seglinear import Plan, SegLinear, fit_inputs, quantize_weight, rotated
 from .smooth import search_alpha, smooth_factors
 
-# %% ../nbs/51_quantize.ipynb #4c32dee2
+# %% ../nbs/51_quantize.ipynb #a939d4e4
 @dataclass
 class Solved:
     "A layer that is done"
@@ -84,9 +85,11 @@ def _solve_as(plan: Plan, layer: nn.Linear, lp: LayerPlan, weight: Tensor, stats
         return encode_weight(weight, plan, *scales) if scales else quantize_weight(weight, plan)
 
     if not lp.rank: encoded = rounded(weight, plan)
-    else: encoded, branch = quantize_low_rank(
-        weight, lp.rank, plan, hessian, quantize=rounded,
-        dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
+    else:
+        encoded, branch = quantize_low_rank(
+            weight, lp.rank, plan, hessian, quantize=rounded,
+            dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
+        branch = tuple(t.contiguous() for t in branch)  # as a file will give it back
     made = SegLinear(fit_inputs(plan, seen), encoded, layer.bias, factors, branch, dtype)
     rows = stats.rows.float()
     right = F.linear(rows, layer.weight.detach().float())
@@ -184,11 +187,11 @@ def _call_order(model: nn.Module, sample, names: Iterable[str]) -> list[str]:
         model(*args, **kwargs)
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
-# %% ../nbs/51_quantize.ipynb #f5feaa6f
+# %% ../nbs/51_quantize.ipynb #77cbe13f
 def _fingerprint(group: list[LayerPlan], layers: list[nn.Linear], stats: Stats) -> str:
     "Of all that goes into these layers"
     digest = hashlib.blake2b(digest_size=16)
-    tensors = [stats.high, stats.low, stats.rows, stats.gram]
+    tensors = [stats.high, stats.low, stats.counts, stats.rows, stats.gram]
     for l, layer in zip(group, layers):
         digest.update(repr((l.name, l.config, l.plan, l.rank)).encode())
         tensors += [layer.weight, layer.bias]
@@ -204,7 +207,8 @@ def _save_layer(path: Path, solved: Solved, fingerprint: str):
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {'fingerprint': fingerprint, 'error': repr(solved.error),
              'rotated': str(int(solved.layer.plan.blocks != ()))}
-    _replace(path, safetensors.torch.save(solved.layer.state_dict(), about))
+    tensors = {name: t.contiguous() for name, t in solved.layer.state_dict().items()}
+    _replace(path, safetensors.torch.save(tensors, about))
 
 
 def _load_layer(path: Path, l: LayerPlan, dtype: torch.dtype, fingerprint: str) -> Solved | None:
@@ -212,14 +216,14 @@ def _load_layer(path: Path, l: LayerPlan, dtype: torch.dtype, fingerprint: str) 
     if not path.is_file(): return None
     try:
         with safetensors.safe_open(path, 'pt') as file:
-            about = file.metadata()
-            if about['fingerprint'] != fingerprint: return None
+            about = file.metadata() or {}
+            if about.get('fingerprint') != fingerprint: return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError: return None  # damaged
-    plan = l.plan if about['rotated'] == '1' else replace(l.plan, blocks=())
-    return Solved(SegLinear.restore(plan, tensors, dtype), float(about['error']))
+        plan = l.plan if about['rotated'] == '1' else replace(l.plan, blocks=())
+        return Solved(SegLinear.restore(plan, tensors, dtype), float(about['error']))
+    except (safetensors.SafetensorError, ValueError): return None  # damaged
 
-# %% ../nbs/51_quantize.ipynb #23b6b7ca
+# %% ../nbs/51_quantize.ipynb #c954cfe1
 def _solve_all(
     model: nn.Module,
     rounds: list[list],  # of groups of layers
@@ -237,15 +241,14 @@ def _solve_all(
                 for l in group: stay(l, 'never called during calibration')
                 continue
             known = stats[group[0].name]
-            try: yield from zip([l.name for l in group],
-                                _solve_group(model, group, known, device, folder))
-            except ValueError as problem:
-                if len(group) == 1: stay(group[0], str(problem))
-                else: waiting = [[l] for l in group] + waiting
+            made = _solve_group(model, group, known, device, folder)
+            if not isinstance(made, str): yield from zip([l.name for l in group], made)
+            elif len(group) == 1: stay(group[0], made)
+            else: waiting = [[l] for l in group] + waiting
 
 
-def _solve_group(model, group, stats, device, folder) -> list[Solved]:
-    "Or find them solved"
+def _solve_group(model, group, stats, device, folder) -> list[Solved] | str:
+    "Or find them solved, or say why they cannot be"
     layers = [model.get_submodule(l.name) for l in group]
     home = layers[0].weight.device
     mark = _fingerprint(group, layers, stats) if folder else ''
@@ -255,9 +258,10 @@ def _solve_group(model, group, stats, device, folder) -> list[Solved]:
     if not made or None in made:
         there = home if device is None else device
         given = [(copy.deepcopy(layer).to(there), l) for layer, l in zip(layers, group)]
-        made = solve_layers(given, stats.to(there))
+        try: made = solve_layers(given, stats.to(there))
+        except ValueError as problem: return str(problem)
         for path, solved in zip(paths, made): _save_layer(path, solved, mark)
-    for solved in made: solved.layer.to(home)
+    for solved, layer in zip(made, layers): solved.layer.to(layer.weight.device)
     return made
 
 # %% ../nbs/51_quantize.ipynb #2e748f36
@@ -293,7 +297,7 @@ def _put(model: nn.Module, name: str, new: nn.Module):
     for place, module in list(model.named_modules(remove_duplicate=False)):
         if module is old: model.set_submodule(place, new)
 
-# %% ../nbs/51_quantize.ipynb #7ea7ded5
+# %% ../nbs/51_quantize.ipynb #0d4ebcb8
 def quantize(
     model: nn.Module,
     calib_data_loader: Iterable,  # samples: dicts of named arguments, or what a data loader gives
@@ -312,9 +316,11 @@ def quantize(
     "The quantized model"
     _check_model(model)
     device = None if tmp_device is None else _checked_device(tmp_device)
-    finds = callable(config)
+    finds = _finds(config)
     if not finds: config = read_config(config)
+    if passes < 1: raise ValueError(f'passes={passes}: expected 1 or more.')
     samples, first = _peek(calib_data_loader, sequential, passes + finds)
+    folder = None if folder is None else _checked_folder(folder)
     if finds: config = config(model, samples)
     first = first if example is None else example
     semantics = analyze(model, example=first)
@@ -323,7 +329,7 @@ def quantize(
     _check_todo(model, plan, todo)
     inputs = _by_input(group_layers(todo, semantics), semantics)
     rounds, exact = _rounds(model, inputs, semantics, first, plan, sequential, memory, passes, keep)
-    folder, work, errors = None if folder is None else Path(folder), shared_copy(model), {}
+    work, errors = shared_copy(model), {}
     bar = tqdm(total=len(todo), desc='quantizing', disable=not progress)
 
     grouped = [[g for name in names for g in inputs[name]] for names in rounds]
@@ -366,11 +372,14 @@ def _finished(model, work, plan: Explanation, errors: dict, inplace: bool, verbo
     if verbose: print(work.quantization)
     return work
 
-# %% ../nbs/51_quantize.ipynb #66e88551
+# %% ../nbs/51_quantize.ipynb #9e131181
 def _check_model(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f'expected a model, got a {type(model).__name__}: for a pipeline use '
                         'quantize_pipeline, or pass its transformer or unet.')
+    if hasattr(model, '_orig_mod'):
+        raise ValueError('the model is compiled: give what it was compiled from, model._orig_mod, '
+                         'and compile the result.')
     done = next((n for n, m in model.named_modules() if isinstance(m, SegLinear)), None)
     if done is not None:
         raise ValueError(f'{type(model).__name__} is quantized already, {done} for example: give '
@@ -388,15 +397,36 @@ def _check_todo(model: nn.Module, plan: Explanation, todo: dict[str, LayerPlan])
     for remark in plan.remarks: warnings.warn(f'{plan.config.name}: {remark}', stacklevel=3)
 
 
+def _finds(config) -> bool:
+    "Is it something that finds a configuration, such as `Auto(bits=5)`?"
+    return callable(config) and not isinstance(config, type)
+
+
 def _checked_device(device) -> torch.device:
-    try: return torch.empty(0, device=device).device
+    try: found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
         said = str(e).split('\n')[0]
         raise ValueError(f'tmp_device={str(device)!r} cannot be used here: {said}') from None
+    if found.type != 'meta': return found
+    raise ValueError("tmp_device='meta' cannot be used: layers are solved with real numbers.")
+
+
+def _checked_folder(folder: str | Path) -> Path:
+    "One that can be written to, known before hours of work"
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f'folder={str(folder)!r} cannot be made: {e.strerror}. Expected a folder '
+                         'for statistics and layers.') from None
+    if os.access(folder, os.W_OK): return Path(folder)
+    raise ValueError(f'folder={str(folder)!r} cannot be written to.')
 
 
 def _peek(samples: Iterable, sequential: bool, passes: int) -> tuple:
     "An iterable, and its first sample, which it still has"
+    listed = isinstance(samples, Iterable) or hasattr(samples, '__getitem__')
+    if isinstance(samples, (Mapping, Tensor, str)) or not listed:
+        raise TypeError(f'the calibration set is a {type(samples).__name__}: expected an iterable '
+                        'of samples. Put a single one into a list.')
     if hasattr(samples, '__getitem__') and hasattr(samples, '__len__'):
         if not len(samples): raise ValueError('the calibration set is empty.')
         return samples, samples[0]
@@ -428,7 +458,7 @@ def _rounds(model, inputs, semantics, first, plan, sequential, memory, passes, k
         warnings.warn(problem, stacklevel=3)
     return rounds, exact
 
-# %% ../nbs/51_quantize.ipynb #73bc2ec5
+# %% ../nbs/51_quantize.ipynb #e595e2c0
 def quantize_pipeline(
     pipe,  # a diffusers pipeline; it stays as it is
     prompts: list[str],  # to calibrate on
@@ -444,7 +474,10 @@ def quantize_pipeline(
     "A pipeline whose transformer or UNet is quantized"
     if not prompts or isinstance(prompts, str):
         raise ValueError(f'prompts={prompts!r}: expected a list with at least one prompt.')
-    if not callable(config): config = read_config(config)  # before anything runs
+    if not hasattr(pipe, 'components'):
+        raise TypeError(f'expected a pipeline of diffusers, got a {type(pipe).__name__}: for a '
+                        'model alone use quantize.')
+    if not _finds(config): config = read_config(config)  # before anything runs
     slot = next(n for n, part in pipe.components.items() if part is denoiser(pipe))
     batches = [prompts[i:i + batch] for i in range(0, len(prompts), batch)]
     place = None if folder is None else Path(folder)/'calibration'

@@ -94,6 +94,35 @@ def test_a_budget_of_bytes_counts_what_explain_counts(samples):
     assert .7*size < plan.bytes_after <= size
 
 
+def test_a_model_in_training_is_measured_as_it_will_run(samples):
+    class Trained(TwoPaths):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(64), nn.Dropout(.5)
+
+        def forward(self, x): return self.drop(self.norm(super().forward(x)))
+
+    model = Trained().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    training = measure_layers(model, samples, WAYS, progress=False)
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [g.gain for g in training.groups] == [g.gain for g in measure_layers(model.eval(), samples, WAYS, progress=False).groups]
+
+
+def test_a_layer_under_two_names_is_tried_under_both(samples):
+    class Twice(nn.Module):
+        def __init__(self, silent):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.silent = nn.Linear(64, 64), silent
+            self.second = self.first
+
+        def forward(self, x): return self.second(x) + self.silent*self.first(x)
+
+    heard, alone = (measure_layers(Twice(s), samples, WAYS, progress=False).groups[0].gain for s in (1., 0.))
+    assert abs(heard/alone - 1) < .01 and alone > .1
+
+
 def test_few_rows_instead_of_hessians(model, samples, measured):
     few = measure_layers(model, samples, WAYS, memory=3.3e5, keep=64, progress=False)
     for a, b in zip(few.groups, measured.groups):
@@ -112,7 +141,9 @@ def test_the_larger_of_two_equals_is_never_taken():
 def test_what_is_refused(model, samples, measured):
     with pytest.raises(ValueError, match='one positive budget.*got none'): measured.choose()
     with pytest.raises(ValueError, match='one positive budget.*bits=5, error=0.1'): Auto(bits=5, error=.1)
-    with pytest.raises(ValueError, match='too few: with the smallest option everywhere'): measured.choose(bits=1)
+    with pytest.raises(ValueError, match=r'bits=1 are too few: with the smallest option everywhere, it is 4\.\d\d'): measured.choose(bits=1)
+    with pytest.raises(ValueError, match='bytes=1,000 are too few'): measured.choose(bytes=1000)
+    with pytest.raises(ValueError, match='too few: with the smallest option everywhere'): allot(list(measured.groups), 1)
     with pytest.raises(ValueError, match='the calibration set is empty'): measure_layers(model, [], WAYS)
     with pytest.raises(ValueError, match=r'Auto\(bits=5\)'): read_config('auto')
     with pytest.raises(ValueError, match='can be read once only'): quantize(model, iter(samples), Auto(bits=6))

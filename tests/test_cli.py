@@ -110,6 +110,8 @@ def wrong(tmp_path):
     ('explain tiny-sd36', 'there is no pipeline tiny-sd36'),
     ('explain {}/empty', 'has no model_index.json'),
     ('explain {}/file', 'there is no pipeline'),
+    ('report tiny-sd35 --device nonsense', "device 'nonsense' cannot be used"),
+    ('report tiny-sd35 --device cuda:99', "device 'cuda:99' cannot be used"),
     ('demo --out {}/file', 'is a file: name a folder'),
     ('demo --out {}/file/deeper', 'not a directory'),
     ('demo --model tiny-sd36', 'invalid choice'),
@@ -122,6 +124,12 @@ def test_mistakes_get_a_sentence_and_status_2(argv, expected, wrong, capsys):
     lines = [line for line in err.strip().split('\n') if not line.startswith(('usage:', ' '))]
     assert status == 2 and expected in err and len(lines) == 1 and lines[0].startswith('segquant'), err
     assert (wrong/'file').read_text() == 'mine' and len(list(wrong.iterdir())) == 4
+
+
+def test_the_seed_reaches_the_pictures_of_the_zoo(monkeypatch):
+    given = []
+    monkeypatch.setattr('segquant_nb.cli.compare_configs', lambda *args, **more: given.append(args[7]))
+    assert main(['report', 'tiny-sd35', 'baseline', '--seed', '7']) == 0 and given == [7]
 
 
 def test_an_interruption_gets_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -109,6 +109,14 @@ def test_presets_survive_being_spelled_out_and_are_not_written_to(name):
     assert read_config({'default': spelled(config.default)}).default == config.default
     assert PRESETS == before
     hash(config)
+
+
+def test_a_preset_may_be_the_default(tmp_path):
+    (tmp_path/'mine.yaml').write_text('default: w8a8\n"out": {enable: false}\n')
+    made = read_config(tmp_path/'mine.yaml')
+    assert made.default == read_config('w8a8').default
+    assert made.of('out') == replace(made.default, enable=False) and made.of('in') == made.default
+    with pytest.raises(ValueError, match="'w8a9' is no preset. Did you mean"): read_config({'default': 'w8a9'})
 
 
 def test_published_presets_say_what_was_published():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import segquant_nb.quantization as quantization
+from segquant_nb.auto import Auto
 from segquant_nb.config import PRESETS, read_config
 from segquant_nb.quantization import quantize, shared_copy
 from segquant_nb.seglinear import SegLinear
@@ -85,6 +86,18 @@ def test_said_bytes_are_the_bytes(preset):
         assert scales <= 64
 
 
+@pytest.mark.filterwarnings('ignore:.*stay emulated')
+@pytest.mark.parametrize('weight', ['int4', 'int6', 'int8', 'int16', 'fp8e4m3', 'bf16'])
+def test_said_bytes_count_zero_points_and_wide_formats(weight):
+    for symmetric in {True, not weight.startswith('int')}:
+        config = {'default': {'weight_quant': {'type': weight, 'axis': 1, 'symmetric': symmetric}, 'calib': {'groupsize': 16}}}
+        made = quantize(mlp(), samples(), config, **QUIET)
+        for l in made.quantization.explanation.layers:
+            layer = made.get_submodule(l.name)
+            kept = sum(b.nbytes//(2 if n == 'bias' else 1) for n, b in layer.named_buffers() if not n.startswith('input'))
+            assert l.after == kept, (weight, symmetric, l.name)
+
+
 def test_a_branch_never_makes_a_layer_larger_than_eight_bits():
     from segquant_nb.config import explain
     class Wide(nn.Module):
@@ -142,9 +155,24 @@ def test_two_modules_with_one_weight():
     model = Tied().eval()
     before = snapshot(model)
     made = quantize(model, samples(), 'baseline', **QUIET)
+    found = made.quantization.explanation
+    assert found.bytes_before + found.other == 2*sum(p.numel() for p in model.parameters())  # each once
+    assert found.other == 2*model.embedding.weight.numel()  # stays, whatever becomes of the layers
     assert torch.equal(made.a.codes, made.b.codes) and made.embedding.weight is model.embedding.weight
     assert_as_it_was(model, before)
     assert model.a.weight is model.b.weight
+
+
+def test_a_layer_that_computes_something_else_stays():
+    class Scaled(nn.Linear):
+        def forward(self, x): return 3*super().forward(x)
+    class Plain(nn.Linear): pass
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(32, 32), nn.GELU(), Plain(32, 16)).eval()
+    made = quantize(model, samples(), 'baseline', **QUIET)
+    row = made.quantization.explanation.layers[0]
+    assert row.reason == 'Scaled: its forward is not that of nn.Linear' and row.after == row.before
+    assert isinstance(made[2], SegLinear) and off(made, model, samples(seed=9)[0]) < .05
 
 
 def test_a_layer_that_is_never_called_stays_and_is_listed():
@@ -261,6 +289,13 @@ def test_refusals():
     refused(ValueError, 'has no linear layer', nn.Sequential(nn.ReLU()), samples())
     refused(ValueError, 'can be read once only', model, iter(samples()), sequential=True)
     refused(ValueError, 'can be read once only', model, iter(samples()), passes=2)
+    refused(ValueError, 'passes=0', model, samples(), passes=0)
+    refused(ValueError, "tmp_device='meta' cannot be used", model, samples(), tmp_device='meta')
+    for one in (dict(input=samples()[0]), samples()[0], None, 5, 'set'):
+        refused(TypeError, 'Put a single one into a list', model, one)
+    refused(ValueError, 'model._orig_mod', torch.compile(model, backend='eager'), samples())
+    refused(TypeError, 'a configuration is a dict', model, samples(), Auto)
+    with pytest.raises(TypeError, match='expected a pipeline'): quantization.quantize_pipeline(model, ['a circle'])
     with pytest.raises(ValueError, match='has no values for 0.weight'):
         quantize(nn.Sequential(nn.Linear(4, 4, device='meta')), samples(), **QUIET)
     refused(ValueError, 'is quantized already, 0', quantize(model, samples(), **QUIET), samples())
@@ -287,6 +322,15 @@ def test_conflicting_and_lost_patterns_are_said():
     assert any("'2' never applies" in w for w in words)
     assert any("'transformer_blocks.*' matches no layer" in w for w in words)
     assert isinstance(made[2], SegLinear)
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('mine')
+    monkeypatch.setattr(quantization, 'collect_stats', None)
+    refused(ValueError, 'file.*cannot be made', mlp(), samples(), folder=tmp_path/'file')
+    refused(ValueError, 'cannot be made', mlp(), samples(), folder=tmp_path/'file'/'deeper')
+    refused(ValueError, 'the calibration set is empty', mlp(), [], folder=tmp_path/'new')
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 def test_config_for_another_model():
@@ -393,6 +437,29 @@ def test_control_c_says_one_sentence_and_can_be_gone_on_from(more, monkeypatch, 
     assert again.quantization.errors == whole.quantization.errors
 
 
+@pytest.mark.filterwarnings('ignore:.*stay emulated')
+@pytest.mark.parametrize('preset', ['w8a8', 'w4a8', 'w4a4', 'w4a16', 'segquant-g-fp8'])
+def test_a_folder_changes_nothing(preset, tmp_path, monkeypatch):
+    fit = quantization.quantize_low_rank
+    def by_columns(*args, **more):  # a branch lies in memory as LAPACK left it
+        codes, pair = fit(*args, **more)
+        return codes, tuple(t.T.contiguous().T for t in pair)
+    monkeypatch.setattr(quantization, 'quantize_low_rank', by_columns)
+    given = samples(width=192)
+    def made(**more): return quantize(mlp(widths=(192, 192, 64)), given, preset, **QUIET, **more)
+    whole, first, again = made(), made(folder=tmp_path), made(folder=tmp_path)
+    for other in (first, again):
+        assert_same(whole, other)
+        assert other.quantization.errors == whole.quantization.errors and torch.equal(other(given[0]), whole(given[0]))
+    assert len(list((tmp_path/'layers').iterdir())) == 2
+
+
+def test_what_goes_wrong_while_saving_is_no_reason_to_leave_a_layer(monkeypatch, tmp_path):
+    def full(*_): raise ValueError('the disk')
+    monkeypatch.setattr(quantization, '_save_layer', full)
+    with pytest.raises(ValueError, match='the disk'): quantize(mlp(), samples(), folder=tmp_path, **QUIET)
+
+
 def test_control_c_without_a_folder(monkeypatch):
     stopped_after(1, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match='the model is as it was.*Nothing was kept'):
@@ -421,6 +488,7 @@ SCRIPT = '''
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 import segquant_nb.quantization as quantization
+from segquant_nb.auto import Auto
 from test_quantize import mlp, samples
 slow, solve = {slow}, quantization.solve_layers
 def watched(layers, stats):
