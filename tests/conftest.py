@@ -1,10 +1,14 @@
 import os
+import signal
 
 # Before torch is imported. One thread and no screen: the same numbers on every machine, and no waiting
 # for a busy core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would every process that a test starts to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
