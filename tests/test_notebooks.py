@@ -3,6 +3,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,8 @@ CFG = get_config(path=ROOT)
 NOTEBOOKS = sorted(f for f in nbglob(CFG.nbs_path, as_path=True) if _keep_file(f, '.notest'))
 
 
-@pytest.fixture(scope='session')
-def processes():
-    "They start with the large libraries already imported: one import for all notebooks"
+def start_method():
+    "Processes that start with the large libraries already imported: one import for all notebooks"
     if 'forkserver' not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context('spawn')
     context = multiprocessing.get_context('forkserver')
@@ -35,19 +35,30 @@ def run(notebook: Path, flags: list[str], answer):
     answer.send((passed, errors.getvalue()))
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: str(p.relative_to(CFG.nbs_path)))
-def test_notebook(notebook, request, processes):
-    # What a notebook leaves behind (an operator that it registers, `__main__`, a cache of the compiler) must not reach the next.
-    ours, theirs = processes.Pipe(duplex=False)
-    flags = request.config.getoption('--nb-flags').split()
-    process = processes.Process(target=run, args=(notebook, flags, theirs))
+def run_apart(context, notebook: Path, flags: list[str]) -> tuple[bool, str]:
+    "What a notebook leaves behind (an operator that it registers, `__main__`, a compiler's cache) must not reach the next"
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(notebook, flags, theirs))
     process.start()
     theirs.close()
-    try:
-        passed, errors = ours.recv()
-    except EOFError:
-        process.join()
-        passed, errors = False, f'its process ended with exit code {process.exitcode}'
+    try: passed, errors = ours.recv()
+    except EOFError: passed, errors = False, ''
     process.join()
-    if not passed:
-        pytest.fail(errors or f'{notebook} failed', pytrace=False)
+    return passed, errors or f'{notebook} failed: its process ended with exit code {process.exitcode}'
+
+
+@pytest.fixture(scope='session')
+def results(request):
+    "Notebook → what becomes of it; as many at a time as there are cores"
+    asked = [item.callspec.params['notebook'] for item in request.session.items
+             if getattr(item, 'originalname', '') == 'test_notebook']
+    flags, context = request.config.getoption('--nb-flags').split(), start_method()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {notebook: pool.submit(run_apart, context, notebook, flags) for notebook in asked}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: str(p.relative_to(CFG.nbs_path)))
+def test_notebook(notebook, results):
+    passed, errors = results[notebook].result()
+    if not passed: pytest.fail(errors, pytrace=False)
