@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['WAYS', 'Options', 'allot', 'one_budget', 'Measured', 'measure_layers', 'plot_measured', 'Auto']
 
-# %% ../nbs/52_auto.ipynb #eb33c0bf
+# %% ../nbs/52_auto.ipynb #99dde06e
 import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from .config import Config, LayerConfig, LayerPlan, explain, read_config
 from .graph import Semantics, analyze, as_call, as_it_was
-from .observe import ModelStats, collect_stats, stats_bytes
+from .observe import collect_stats, stats_bytes
 from .quantization import _put, group_layers, shared_copy, solve_layers
 
 # %% ../nbs/52_auto.ipynb #e3944fb7
@@ -109,7 +110,7 @@ def allot(
         left += groups[n].errors[b] - groups[n].errors[a]
     return chosen
 
-# %% ../nbs/52_auto.ipynb #81d4bfd4
+# %% ../nbs/52_auto.ipynb #b751cf8f
 def one_budget(**given: float | None) -> dict[str, float]:
     "The one that is given"
     found = {k: v for k, v in given.items() if v is not None}
@@ -176,7 +177,6 @@ def measure_layers(
     calib_set: Iterable,  # samples, see `collect_stats`; it is gone through more than once
     ways: dict = WAYS,  # name → configuration, see `read_config`
     semantics: Semantics | None = None,  # if it is known already
-    stats: ModelStats | None = None,  # of this model, with Hessians, if they were collected already
     samples: int = 2,  # to run the model on for each group
     memory: float = 4e9,  # bytes for the statistics
     keep: int = 1024,  # rows of each layer's input
@@ -186,16 +186,19 @@ def measure_layers(
     if not hasattr(calib_set, '__getitem__'): calib_set = list(calib_set)
     if not len(calib_set): raise ValueError('the calibration set is empty.')
     if semantics is None: semantics = analyze(model, example=calib_set[0])
-    if stats is None:  # Hessians from all rows if they fit, or else from those that are kept
-        exact = sum(stats_bytes(model, semantics, True, keep).values()) <= memory
-        stats = collect_stats(model, calib_set, semantics, exact, keep, memory, progress=progress)
+    # Hessians from all rows if they fit, or else from those that are kept
+    exact = sum(stats_bytes(model, semantics, True, keep).values()) <= memory/2
+    known, unseen = ([calib_set[i] for i in half] for half in _halves(len(calib_set)))
+    stats, judge = (collect_stats(model, some, semantics, hessian, keep, memory/2,
+                                  progress=progress)
+                    for some, hessian in ((known, exact), (unseen, False)))
     ways = {name: read_config(config) for name, config in ways.items()}
     plans = [{l.name: l for l in explain(model, config, semantics).layers}
              for config in ways.values()]
-    every = max(len(calib_set)//samples, 1)
+    every = max(len(unseen)//samples, 1)
     device = next(model.parameters()).device
-    tried = [tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, calib_set[i])
-             for i in range(0, len(calib_set), every)][:samples]
+    tried = [tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, sample)
+             for sample in unseen[::every][:samples]]
     linear = {n: l for n, l in plans[0].items() if l.plan is not None and n in stats}
     todo = [[l.name for l in group] for group in group_layers(linear, semantics)]
     fixed = sum(l.before for n, l in plans[0].items() if n not in linear)
@@ -203,19 +206,33 @@ def measure_layers(
         model.eval()
         right = [_outputs(model, s) for s in tried]
         found = tuple(_measure(model, [[plan[n] for n in group] for plan in plans], stats[group[0]],
-                               tried, right, tuple(ways))
+                               judge[group[0]].rows, tried, right, tuple(ways))
                       for group in tqdm(todo, desc='measuring', disable=not progress))
     return Measured(found, ways, fixed)
 
 
-def _measure(model: nn.Module, plans: list[list[LayerPlan]], stats, samples: list,
+def _halves(n: int) -> tuple[range, range]:
+    "To learn from, and to judge by; a single sample has to serve for both"
+    return range(0, n, 2), range(min(1, n - 1), n, 2)
+
+
+def _own_error(layer: nn.Linear, made: nn.Module, rows: Tensor) -> float:
+    "Squared, of a layer's outputs, relative; its bias is no merit"
+    right = F.linear(rows, layer.weight.float())
+    wrong = made(rows) - right - (0. if layer.bias is None else layer.bias.float())
+    return (wrong.square().sum()/right.square().sum().clamp(min=1e-30)).item()
+
+
+def _measure(model: nn.Module, plans: list[list[LayerPlan]], stats, rows: Tensor, samples: list,
              right: list[Tensor], ways: tuple[str, ...]) -> Options:
     "One group of layers, solved in every way; the coarsest one tried in the model"
     layers = [model.get_submodule(l.name) for l in plans[0]]
     stats = stats.to(layers[0].weight.device)
     solved = [solve_layers(list(zip(layers, plan)), stats) for plan in plans]
     bytes = [sum(l.after for l in plan) for plan in plans]
-    own = [sum(s.error**2 for s in made) for made in solved]
+    rows = rows.to(layers[0].weight.device).float()
+    own = [sum(_own_error(layer, s.layer, rows) for layer, s in zip(layers, made))
+           for made in solved]
     coarsest = max(range(len(ways)), key=own.__getitem__)
     rounded = shared_copy(model)
     for l, made in zip(plans[0], solved[coarsest]): _put(rounded, l.name, made.layer)
@@ -224,7 +241,7 @@ def _measure(model: nn.Module, plans: list[list[LayerPlan]], stats, samples: lis
                    ('16 bits', *ways), (sum(l.before for l in plans[0]), *bytes),
                    (0., *(gain*e for e in own)), gain)
 
-# %% ../nbs/52_auto.ipynb #bebd2ea4
+# %% ../nbs/52_auto.ipynb #0c0917d5
 _COLORS = ('#4daf4a', '#377eb8', '#6baed6', '#9ecae1', '#e41a1c', '#ff7f00', '#fdbf6f', '#984ea3')
 
 
@@ -240,6 +257,7 @@ def plot_measured(measured: Measured, bits: float = 6.):  # a Matplotlib figure
     left.bar(range(len(groups)), [max(g.errors)**.5 for g in groups],
              color=[color[g.ways[i]] for g, i in zip(groups, at)])
     left.set(yscale='log', xlabel='groups of layers, in order', ylabel='error of the output')
+    left.set_ylim(top=8*left.get_ylim()[1])  # room for the legend
     left.set_title(f'rounded coarsely, alone; colors: choice for {bits:g} bits', fontsize=8)
     used = Counter(g.ways[i] for g, i in zip(groups, at))
     left.legend(handles=[Patch(color=color[n], label=n) for n in names if used[n]], fontsize=6)

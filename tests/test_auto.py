@@ -124,7 +124,7 @@ def test_a_layer_under_two_names_is_tried_under_both(samples):
 
 
 def test_few_rows_instead_of_hessians(model, samples, measured):
-    few = measure_layers(model, samples, WAYS, memory=3.3e5, keep=64, progress=False)
+    few = measure_layers(model, samples, WAYS, memory=6.6e5, keep=64, progress=False)
     for a, b in zip(few.groups, measured.groups):
         assert a.layers == b.layers and .5 < a.gain/b.gain < 2
 
