@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from emulate import emulated_gpu
+from emulate import emulated_gpu, forget
 
 import segquant_nb.cuda as cuda
 from segquant_nb.codes import PackedColumns, quantize_cuda
@@ -44,12 +44,12 @@ def test_a_kernel_is_compiled_once_and_loaded_once(tmp_path):
         stub.cuda.nvrtc.createProgram = lambda *args: compiled.append(args[1]) or create(*args)
         for _ in range(3): quantize_cuda(x, columns)
         assert len(compiled) == 1 and len(gpu.launches) == 3
-        cuda.get_kernel.cache_clear()  # a new process finds the file
+        forget()  # a new process finds the file
         quantize_cuda(x, columns)
         assert len(compiled) == 1
         quantize_cuda(x, columns, dual=True)  # other options, other code
         assert len(compiled) == 2
-        cuda.get_kernel.cache_clear()
+        forget()
         with mock.patch.object(cuda, 'cuda_sources', lambda s=cuda.cuda_sources(): s | {'common/device.cuh': s['common/device.cuh'] + '\n'}):
             quantize_cuda(x, columns)  # a changed header, other code
         assert len(compiled) == 3
@@ -62,6 +62,16 @@ def test_a_cache_folder_that_cannot_be_made_is_no_obstacle(tmp_path):
     with emulated_gpu(run=False) as gpu, mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path/'file')):
         quantize_cuda(torch.randn(5, 64), PackedColumns((64,)))
     assert len(gpu.launches) == 1
+
+
+def test_nobody_takes_away_the_shared_memory_that_another_was_given():
+    "The same function with the same options, for calls of different sizes"
+    file, place = ('quantize/sm80_unpack_int4.cu', 'unpack_int4'), torch.device('cpu')
+    with emulated_gpu(run=False) as gpu:
+        for shared in (200, 100, 200, 220, 40, 220):
+            kernel = cuda.get_kernel(*file, place, shared*1024)
+            cuda.launch(kernel, (1,), (64,), None, None, np.int64(0), shared=shared*1024)
+    assert len(gpu.launches) == 6
 
 
 def test_hopper_is_asked_for_by_its_full_name():
@@ -155,3 +165,97 @@ def test_two_threads_may_ask_for_the_same_kernel():
                                                               (4096, 3072, 0, 132, 128), (4096, 3072, 1, 132, 128), (77, 640, 0, 132, 64)])
 def test_the_tile_fits_the_shape(M, N, crowded, processors, rows):
     assert pick_tile(M, N, bool(crowded), processors)[0] == rows
+
+
+def test_the_third_call_is_the_first_one_with_other_addresses():
+    columns, scale = PackedColumns((48, 80)), torch.rand(2, 1) + .1
+    with emulated_gpu():
+        for kw in (dict(), dict(dual=True), dict(dtype='int4', smooth=torch.rand(192) + .5), dict(scale=scale), dict(quartz=32, packed=True), dict(dtype='fp8e4m3')):
+            def quantize(x): return quantize_cuda(x, columns, **kw)
+            again = cuda.Repeated(quantize)
+            for rows in (5, 7, 5, 7, 5, 5, 7):
+                x = torch.randn(rows, 128)
+                made, right = again(x), quantize(x)
+                assert type(made) is type(right) and all(a is b or torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(made, right))
+            assert len(again.known) == 2 and all(again.known.values()) and (made.scale is right.scale) == ('scale' in kw)
+
+
+def linear(x, residual=None):
+    given = layer(K=192)
+    codes, scale, _ = quantize_cuda(x, PackedColumns((48, 80)), dual=True)
+    return w8a8_sm80(codes, given['weight'], scale, given['scale_w'], None, PackedColumns((48, 80)), True, torch.float32, residual=residual)
+
+
+def test_two_launches_with_memory_between_them():
+    weight = layer(K=192)
+    with mock.patch.dict(globals(), layer=lambda **_: weight), emulated_gpu() as gpu:
+        again = cuda.Repeated(linear)
+        for M in (9, 33, 9, 33, 9, 33):
+            x, y = torch.randn(M, 128), torch.randn(M, 40)
+            assert torch.equal(again(x, None), linear(x)) and torch.equal(again(x, y), linear(x, y))
+        assert len(again.known) == 4
+        for made, room, launches, _ in again.known.values():
+            assert len(launches) == 2 and [shape[1] for shape, *_ in made] == [40] and room >= 9*192
+        (y, z), kept = (again(x, None), again(x, None)), x.clone()
+        assert y.data_ptr() != z.data_ptr() and torch.equal(x, kept)  # no memory of its own
+        keys = again.known.copy()
+        for wrong, why in ((x[:, :96].contiguous(), '128 columns'), (x.int(), 'int32'), (x.to('meta'), 'meta')):
+            for _ in range(3):
+                with pytest.raises((TypeError, ValueError), match=why): again(wrong, None)
+        assert not any(again.known[k] for k in again.known.keys() - keys.keys())
+        for odd in (torch.randn(9, 160)[:, 3:131], torch.randn(9*128 + 1)[1:].view(9, 128)):  # strides and offsets
+            assert torch.equal(again(odd, None), linear(odd))
+        assert again(x[:0].clone(), None).shape == (0, 40)
+
+
+def test_what_is_unclear_is_not_repeated():
+    with emulated_gpu():
+        columns, x = PackedColumns((64,)), torch.randn(70, 64)
+        def shared(x, y): return quantize_cuda(x if x is y else x + 0, columns).codes
+        def computes(x): return quantize_cuda(x*2, columns)
+        def gives_its_input(x): return quantize_cuda(x, columns)._replace(shifts=x)
+        def gives_a_part(x): return quantize_cuda(x, columns).codes[1:]
+        for f, n in ((shared, 2), (computes, 1), (gives_its_input, 1), (gives_a_part, 1)):
+            again = cuda.Repeated(f)
+            for seed in range(5):
+                x = torch.randn(70, 64, generator=torch.Generator().manual_seed(seed))
+                for a, b in zip(again(*[x]*n), f(*[x]*n)): assert a is b or torch.equal(a, b)
+            assert not any(again.known.values()), f
+        def inside(x): return quantize_cuda(x[1:], columns)  # an address inside of an input: no difficulty
+        again = cuda.Repeated(inside)
+        for _ in range(5): assert torch.equal(again(x := torch.randn(3, 64)).codes, inside(x).codes)
+        assert all(again.known.values())
+
+
+def test_tensor_maps_move_along():
+    def encoded(address): made = cuda.AddressBytes(address.to_bytes(8, 'little')*16); made.address, made.moved = address, encoded; return made
+    def two(x):
+        start = cuda.Launcher(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (64,), '128s P 2i 128s')
+        y = torch.empty(4, 8)
+        start((1,), encoded(x.data_ptr() + 4), y.data_ptr(), 5, 6, encoded(y.data_ptr()) if mapped else bytes(128))
+        return y
+    x, (mapped, again) = torch.zeros(3, 3), (True, cuda.Repeated(two))
+    with emulated_gpu(run=False) as gpu:
+        for _ in range(5):
+            y = again(x := torch.zeros(3, 3))
+            found = [int.from_bytes(a.tobytes()[:8], 'little') for a in gpu.launches[-1].arguments]
+            assert found == [x.data_ptr() + 4, y.data_ptr(), 5 + (6 << 32), y.data_ptr()]
+        assert all(again.known.values())
+        mapped, again = False, cuda.Repeated(two)
+        for _ in range(4): again(x)
+    assert not any(again.known.values())  # it may hold an address
+
+
+def test_an_error_of_the_driver_is_a_sentence(monkeypatch):
+    with emulated_gpu():
+        start = cuda.Launcher(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (64,), 'P P q')
+        monkeypatch.setattr(cuda.Launcher, '_start', lambda *_: 701)
+        monkeypatch.setattr(cuda, '_driver', lambda: SimpleNamespace(cuGetErrorString=lambda status, text: setattr(text._obj, 'value', b'too many resources')))
+        with pytest.raises(RuntimeError, match='unpack_int4 was not launched: too many resources .error 701, grid .3,., block .64, 1, 1.'): start((3,), 0, 0, 0)
+
+
+def test_a_number_too_large_for_its_place_is_refused():
+    with emulated_gpu() as gpu:
+        start = cuda.Launcher(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (64,), 'P P i')
+        with pytest.raises(Exception, match='argument out of range|format requires'): start((1,), 0, 0, 2**31)
+    assert not gpu.launches

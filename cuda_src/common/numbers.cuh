@@ -62,6 +62,46 @@ SQ_INLINE uint32 halfx2_min(uint32 a, uint32 b) {
     asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
     return result;
 }
+// The same, but a NaN rather than a number.
+SQ_INLINE uint32 bfloat16x2_max_or_nan(uint32 a, uint32 b) {
+    uint32 result;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+SQ_INLINE uint32 bfloat16x2_min_or_nan(uint32 a, uint32 b) {
+    uint32 result;
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+SQ_INLINE uint32 halfx2_max_or_nan(uint32 a, uint32 b) {
+    uint32 result;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+SQ_INLINE uint32 halfx2_min_or_nan(uint32 a, uint32 b) {
+    uint32 result;
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// a * b + c, rounded once.
+SQ_INLINE uint32 bfloat16x2_fma(uint32 a, uint32 b, uint32 c) {
+    uint32 result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+SQ_INLINE uint32 halfx2_fma(uint32 a, uint32 b, uint32 c) {
+    uint32 result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+// 2^x, off by two units in the last place at most.
+SQ_INLINE float approximate_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
 #endif
 
 SQ_INLINE float bfloat16_to_float(uint16 bits) { return __uint_as_float((uint32)bits << 16); }

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 import segquant_nb.cuda as cuda
+from segquant_nb import codes
 
 HERE = Path(__file__).resolve().parent
 COMPILER = next(filter(None, map(shutil.which, ('c++', 'g++', 'clang++'))), None)
@@ -108,24 +110,22 @@ class Gpu:
 
     def cupy(self):
         "The part of CuPy that the package uses"
-        programs = {}
+        programs, functions = {}, {}
 
         def create(text, name, headers, names):
             programs[len(programs) + 1] = dict(text=text, name=name, headers={n.decode(): h.decode() for n, h in zip(names, headers)})
             return len(programs)
 
         class RawModule:
-            def __init__(module, path): module.program = json.loads(Path(path).read_text())
-            def get_function(module, function): return RawKernel(module.program, function)
+            def __init__(module, path): module.path = path
+            def get_function(module, function):  # CuPy, too, gives the same one again
+                if (module.path, function) not in functions: functions[module.path, function] = RawKernel(json.loads(Path(module.path).read_text()), function)
+                return functions[module.path, function]
 
         class RawKernel:
-            max_dynamic_shared_size_bytes = 48*1024
+            max_dynamic_shared_size_bytes, kernel = 48*1024, SimpleNamespace(ptr=None)
 
             def __init__(kernel, program, function): kernel.program, kernel.function = program, function
-
-            def __call__(kernel, grid, block, arguments, shared_mem=0):
-                assert shared_mem <= min(kernel.max_dynamic_shared_size_bytes, self.max_shared), f'{shared_mem} bytes of shared memory'
-                self.launch(kernel.program, kernel.function, grid, block, arguments, shared_mem)
 
         class Context:
             def __init__(*_): pass
@@ -137,7 +137,25 @@ class Gpu:
             compileProgram=lambda i, options: programs[i].update(options=list(options)), getCUBIN=lambda i: json.dumps(programs[i]).encode())
         runtime = SimpleNamespace(driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000)
         return SimpleNamespace(__version__='14.2.0', RawModule=RawModule,
-                               cuda=SimpleNamespace(nvrtc=nvrtc, runtime=runtime, Device=Context, ExternalStream=Context))
+                               cuda=SimpleNamespace(nvrtc=nvrtc, runtime=runtime, Device=Context))
+
+
+def start(launcher, grid, stream, numbers):
+    "What the driver does with the memory that a `Launcher` has laid out: what it finds there is what runs"
+    raw, gpu = launcher.kernel.raw, RUNNING[-1]  # a launcher may outlive the GPU that it was made on
+    with launcher.lock:
+        launcher.format.pack_into(launcher.room, 0, *grid, *launcher.block, launcher.shared, stream, 0, 0, *numbers)
+        values = launcher.format.unpack_from(launcher.room)
+        found = [ctypes.string_at(place, struct.calcsize(part)) for place, part in zip(launcher.given[2], launcher.arguments)]
+    arguments = tuple(np.frombuffer(bytes(data), KINDS.get(part, f'V{len(data)}'))[0] for part, data in zip(launcher.arguments, found))
+    assert launcher.shared <= min(raw.max_dynamic_shared_size_bytes, gpu.max_shared), f'{launcher.shared} bytes of shared memory'
+    def trimmed(dims): return tuple(dims[:max((i + 1 for i in range(3) if dims[i] != 1), default=1)])
+    gpu.launch(raw.program, raw.function, trimmed(values[:3]), trimmed(values[3:6]), arguments, values[6])
+    return 0
+
+
+RUNNING: list[Gpu] = []
+KINDS = {'P': np.uint64, 'Q': np.uint64, 'q': np.int64, 'i': np.int32, 'f': np.float32}
 
 
 @contextmanager
@@ -158,12 +176,19 @@ def emulated_gpu(seed: int = 0, early_copies: bool = False, run: bool = True, ca
     "Inside, kernels launch on CPU tensors; `run=False` only records"
     gpu = Gpu(seed, early_copies, run)
     with (tempfile.TemporaryDirectory() as cache, _as_cupy(gpu.cupy()), mock.patch.dict(os.environ, XDG_CACHE_HOME=cache),
-          mock.patch.multiple(cuda, _DEVICE='cpu', cuda_problem=lambda *_: None, _stream=lambda device: 0, _on=lambda device: nullcontext(), _capability=lambda device: capability,
-                              _processors=lambda device: processors)):
-        cuda.get_kernel.cache_clear()
-        cuda._cupy_stream.cache_clear()
+          mock.patch.multiple(cuda, _DEVICE='cpu', cuda_problem=lambda *_: None, _stream=lambda device: 0, _is_current=lambda device: True, _capability=lambda device: capability,
+                              _processors=lambda device: processors),
+          mock.patch.object(cuda.Launcher, '_start', start)):
+        forget()
+        RUNNING.append(gpu)
         try:
             yield gpu
         finally:
-            cuda.get_kernel.cache_clear()
-            cuda._cupy_stream.cache_clear()
+            RUNNING.pop()
+            forget()
+
+
+def forget():
+    "As in a new process: no kernel is loaded"
+    cuda.get_kernel.cache_clear()
+    codes._pass.cache_clear()

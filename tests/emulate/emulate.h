@@ -323,6 +323,28 @@ static inline unsigned bfloat16x2_max(unsigned a, unsigned b) { return pairwise(
 static inline unsigned bfloat16x2_min(unsigned a, unsigned b) { return pairwise(a, b, from_bfloat16, false); }
 static inline unsigned halfx2_max(unsigned a, unsigned b) { return pairwise(a, b, half_to_float, true); }
 static inline unsigned halfx2_min(unsigned a, unsigned b) { return pairwise(a, b, half_to_float, false); }
+static inline unsigned pairwise_or_nan(unsigned a, unsigned b, float (*value)(unsigned short), bool most) {
+    unsigned result = pairwise(a, b, value, most);
+    for (int i = 0; i < 32; i += 16)
+        if (std::isnan(value((unsigned short)(a >> i))) || std::isnan(value((unsigned short)(b >> i)))) result |= 0x7fffu << i;
+    return result;
+}
+static inline unsigned bfloat16x2_max_or_nan(unsigned a, unsigned b) { return pairwise_or_nan(a, b, from_bfloat16, true); }
+static inline unsigned bfloat16x2_min_or_nan(unsigned a, unsigned b) { return pairwise_or_nan(a, b, from_bfloat16, false); }
+static inline unsigned halfx2_max_or_nan(unsigned a, unsigned b) { return pairwise_or_nan(a, b, half_to_float, true); }
+static inline unsigned halfx2_min_or_nan(unsigned a, unsigned b) { return pairwise_or_nan(a, b, half_to_float, false); }
+static inline unsigned pairwise_fma(unsigned a, unsigned b, unsigned c, float (*value)(unsigned short), unsigned (*bits)(float)) {
+    unsigned result = 0;  // a float has room for the product, and for what matters of the sum
+    for (int i = 0; i < 32; i += 16)
+        result |= bits(float(double(value((unsigned short)(a >> i))) * value((unsigned short)(b >> i)) + value((unsigned short)(c >> i)))) << i;
+    return result;
+}
+static inline unsigned bfloat16x2_fma(unsigned a, unsigned b, unsigned c) { return pairwise_fma(a, b, c, from_bfloat16, float_to_bfloat16_bits); }
+static inline unsigned halfx2_fma(unsigned a, unsigned b, unsigned c) { return pairwise_fma(a, b, c, half_to_float, float_to_half_bits); }
+static inline float approximate_exp2(float x) {
+    const float y = (float)std::exp2((double)x) * (1.f + 1.2e-7f * (int(emulate::draw(5)) - 2));
+    return y < 1.17549435e-38f ? 0.f : y;
+}
 
 // ---- common/memory.cuh
 struct Words4;
@@ -331,6 +353,10 @@ template <class V = Words4> static inline V load_constant(const void* from) {
     V v;
     memcpy(&v, from, 16);
     return v;
+}
+static inline void load_constant_if(bool there, unsigned* word, const void* from) {
+    if (there && (uintptr_t)from % 16) emulate::fail("a load of 16 bytes is not aligned to 16 bytes");
+    if (there) memcpy(word, from, 16);
 }
 static inline void copy16_async(void* to, const void* from, int valid) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16) emulate::fail("a copy of 16 bytes is not aligned to 16 bytes");
@@ -341,6 +367,7 @@ static inline void copy16_async(void* to, const void* from, int valid) {
     if (emulate::machine.early_copies) emulate::land(copy);
     else emulate::machine.current->open.push_back(copy);
 }
+static inline void copy16_async_once(void* to, const void* from, bool exists) { copy16_async(to, from, exists ? 16 : 0); }
 static inline void copies_commit() {
     auto* self = emulate::machine.current;
     self->groups.push_back(std::move(self->open));
@@ -364,31 +391,65 @@ static inline void load_fragments(unsigned (&fragment)[4], const void* row) {
     });
     memcpy(fragment, got.word, sizeof got.word);
 }
-static inline void multiply_add(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    struct In { unsigned a[4], b[2]; int sum[4]; } in{{a[0], a[1], a[2], a[3]}, {b0, b1}, {sum[0], sum[1], sum[2], sum[3]}};
-    struct Out { int sum[4]; };
-    Out got = emulate::together<In, Out>("multiply_add", in, [](In* lanes, Out* out) {
-        signed char a[16][32], b[8][32];
+// sum += a (16 rows) times b (8 columns): a lane's words hold `Value`s, that `to` makes factors of; 128 bits of K are a step.
+template <class Value, class Sum, class Total, class To>
+void multiply_add_of(const char* operation, Sum (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, To to) {
+    struct In { unsigned a[4], b[2]; Sum sum[4]; } in{{a[0], a[1], a[2], a[3]}, {b0, b1}, {sum[0], sum[1], sum[2], sum[3]}};
+    struct Out { Sum sum[4]; };
+    constexpr int word = 4 / sizeof(Value), K = 8 * word;
+    Out got = emulate::together<In, Out>(operation, in, [to](In* lanes, Out* out) {
+        Value a[16][K], b[8][K];
+        Total left[16][K], right[8][K];
         for (int lane = 0; lane < 32; ++lane) {
-            int group = lane / 4, column = lane % 4 * 4;
+            int group = lane / 4, column = lane % 4 * word;
             memcpy(&a[group][column], &lanes[lane].a[0], 4);
             memcpy(&a[group + 8][column], &lanes[lane].a[1], 4);
-            memcpy(&a[group][column + 16], &lanes[lane].a[2], 4);
-            memcpy(&a[group + 8][column + 16], &lanes[lane].a[3], 4);
+            memcpy(&a[group][column + K / 2], &lanes[lane].a[2], 4);
+            memcpy(&a[group + 8][column + K / 2], &lanes[lane].a[3], 4);
             memcpy(&b[group][column], &lanes[lane].b[0], 4);
-            memcpy(&b[group][column + 16], &lanes[lane].b[1], 4);
+            memcpy(&b[group][column + K / 2], &lanes[lane].b[1], 4);
+        }
+        for (int k = 0; k < K; ++k) {
+            for (int row = 0; row < 16; ++row) left[row][k] = to(a[row][k]);
+            for (int column = 0; column < 8; ++column) right[column][k] = to(b[column][k]);
         }
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) {
-                int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2, sum = lanes[lane].sum[i];
-                for (int k = 0; k < 32; ++k) sum += a[row][k] * b[column][k];
-                out[lane].sum[i] = sum;
+                int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                Total sum = lanes[lane].sum[i];
+                for (int k = 0; k < K; ++k) sum += left[row][k] * right[column][k];
+                out[lane].sum[i] = (Sum)sum;
             }
     });
     memcpy(sum, got.sum, sizeof got.sum);
+}
+static inline void multiply_add(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_add_of<signed char, int, int>("multiply_add", sum, a, b0, b1, [](signed char code) { return (int)code; });
 }
 static inline unsigned negative_bytes(unsigned word) {
     unsigned mask = 0;
     for (int i = 0; i < 4; ++i) mask |= (word >> (8 * i + 7) & 1u ? 0xffu : 0u) << (8 * i);
     return mask;
+}
+
+// ---- mma/e4m3.cuh and mma/float16.cuh: exact sums, rounded once; the hardware rounds more often
+static inline float from_e4m3(unsigned char code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = (code & 127) == 127 ? NAN : exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+    return code & 128 ? -magnitude : magnitude;
+}
+static inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_add_of<unsigned char, float, double>("multiply_add of E4M3", sum, a, b0, b1, from_e4m3);
+}
+template <bool half> static inline float from_float16(unsigned short bits) { return half ? half_to_float(bits) : from_bfloat16(bits); }
+template <bool half> static inline void multiply_add_float16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_add_of<unsigned short, float, double>("multiply_add_float16", sum, a, b0, b1, from_float16<half>);
+}
+template <bool half> static inline unsigned subtract_float16x2(unsigned a, unsigned b) {
+    unsigned result = 0;
+    for (int i = 0; i < 32; i += 16) {
+        float difference = from_float16<half>((unsigned short)(a >> i)) - from_float16<half>((unsigned short)(b >> i));
+        result |= (half ? float_to_half_bits(difference) : float_to_bfloat16_bits(difference)) << i;
+    }
+    return result;
 }
