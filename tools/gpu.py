@@ -27,8 +27,8 @@ from gpu_shapes import SHAPES
 
 from segquant_nb import cuda
 from segquant_nb.codes import PackedColumns, quantize_cuda, quantize_reference
-from segquant_nb.formats import unpack_int4
-from segquant_nb.gemm import _LARGE, _MIDDLE, _SMALL, _THIN, w8a8_naive, w8a8_reference, w8a8_sm80
+from segquant_nb.formats import pack_int4, unpack_int4
+from segquant_nb.gemm import _LARGE, _MIDDLE, _SMALL, _THIN, _WIDE, Operands, PortableLinear, granule_columns, w8a16_sm80, w8a8_naive, w8a8_reference, w8a8_sm80
 
 DEVICE = torch.device('cuda', 0)
 CACHE = 80e6  # bytes: more than any L2 so far
@@ -78,7 +78,7 @@ def same(a, b):
 def check_one_pass(sizes, options):
     columns, given, wrong = PackedColumns(sizes), dict(options), []
     if 'duals' in given: given['duals'] = (True,) + (False,)*(len(sizes) - 1)
-    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
+    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)[:2 + (columns.width <= 16384)]):
         x = activations(301, columns.columns, dtype, accidents=True)
         if i == 1: given['smooth'] = columns.pack(torch.rand(1, columns.columns, device=DEVICE) + .5)[0]
         if i == 2 and len(sizes) == 1: x = torch.cat([x, x], 1)[:, columns.columns:]  # rows that lie apart
@@ -105,6 +105,76 @@ def check_product(name, M, N, sizes, i):
     report(f'{name} ({M}, {N}) {sizes} {str(dtype)[6:]}', not wrong, wrong or '')
 
 
+def portable_layer(form, M, N, sizes, dual=False, group=None, rank=0, dtype=torch.bfloat16, tokens=True, bias=True):
+    "As `layer`, with weights of a format, granules of a group of columns, and a low-rank branch"
+    given = layer(M, N, sizes, dual, tokens, bias) | dict(group=group)
+    columns = given['columns']
+    if group: given['scale_w'] = torch.rand(len(granule_columns(columns, group)[1]), N, device=DEVICE)*.02 + .001
+    if form in ('int4', 'w4a16'): given['weight'] = pack_int4(columns.pack(torch.randint(-8, 8, (N, columns.columns), dtype=torch.int8, device=DEVICE)))
+    if form == 'e4m3':
+        for name, rows in (('codes', M), ('weight', N)):
+            given[name] = columns.pack(torch.randn(rows, columns.columns, device=DEVICE)*30).to(torch.float8_e4m3fn)
+    if form.endswith('a16'): given |= dict(codes=columns.pack(activations(M, columns.columns)).to(dtype), scale_x=torch.ones(len(sizes), 1, device=DEVICE))
+    if rank: given['low_rank'] = tuple(torch.randn(rows, rank, device=DEVICE).to(dtype) for rows in (M, N))
+    return given
+
+
+def portable_product(given, **more):
+    "The portable kernel, for codes or 16-bit activations"
+    if given['codes'].dtype not in (torch.bfloat16, torch.float16): return w8a8_sm80(**given, **more)
+    return w8a16_sm80(given['codes'], **{k: v for k, v in given.items() if k not in ('codes', 'scale_x', 'dual')}, **more)
+
+
+def beyond_rounding(y, given, want):
+    "By how much y misses the exact result beyond the rounding of its type, in 2⁻²⁴ of the magnitudes of what went into it"
+    positive = {k: v for k, v in given.items() if k != 'bias'} | dict(dtype=torch.float32)
+    for name in ('codes', 'weight'):
+        if given[name].dtype is torch.uint8: positive[name] = unpack_int4(given[name]).abs()
+        elif given[name].dtype in (torch.int8, torch.bfloat16, torch.float16): positive[name] = given[name].float().abs()
+        else: positive[name] = given[name].float().abs().to(given[name].dtype)
+    if given['dual']: positive['scale_x'] = given['scale_x'].view(-1, 2, given['scale_x'].shape[1]).amax(1).repeat_interleave(2, 0)
+    if 'low_rank' in given: positive['low_rank'] = tuple(t.abs() for t in given['low_rank'])
+    magnitude = w8a8_reference(**positive).double() + (0 if given['bias'] is None else given['bias'].abs())
+    step = torch.finfo(y.dtype).eps*want.double().abs()/2
+    return (((y.double() - want.double()).abs() - step).clamp(min=0)/magnitude).max().item()*2**24
+
+
+def check_portable(form, M, N, sizes, i):
+    "The formats of the portable kernel: codes bit for bit, floats within a bound, prepared calls as checked ones"
+    wrong, worst = [], 0.
+    floats = form.endswith('a16')
+    for dual, group, rank in ((False, None, 0), (True, 64, 0), (False, 128, 32), (True, None, 40)):
+        dual = dual and not floats
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+        given = portable_layer(form, M, N, sizes, dual, group, rank, (torch.bfloat16, torch.float16)[i % 2], tokens=i % 3 > 0, bias=i % 2 > 0)
+        rounded = rank or floats or form == 'e4m3'
+        want = w8a8_reference(**given, dtype=torch.float32 if rounded else dtype)
+        fixed = Operands(*(given[k] for k in ('weight', 'scale_w', 'bias', 'columns', 'dual')), group=group, up=given['low_rank'][1] if rank else None)
+        prepared = PortableLinear(fixed, given['codes'].dtype if floats else None)
+        for tile in (None, (_LARGE, _MIDDLE, _SMALL, _THIN, _WIDE)[i % 5]):
+            if (dual or tile == _WIDE) and (group or len(sizes) > 1) and tile in (_LARGE, _WIDE) or tile == _WIDE and (dual or form != 'int4'): continue  # not enough registers
+            y = portable_product(given, dtype=dtype, tile=tile)
+            if rounded:
+                off = beyond_rounding(y, given, want)
+                worst = max(worst, off)
+                fits = off < 16 + (given['columns'].width/16*2 if floats or form == 'e4m3' else 0)  # 2⁻²³ of the terms for each step of K
+            else: fits = torch.equal(y, want)
+            again = portable_product(given, dtype=dtype, tile=tile)
+            if not (fits and torch.equal(y, again)): wrong.append((dual, group, rank, tile))
+            if tile is None and not torch.equal(y, prepared(given['codes'], None if floats else given['scale_x'], dtype, low=given['low_rank'][0] if rank else None)): wrong.append('prepared')
+    report(f'portable {form} ({M}, {N}) {sizes} {str(dtype)[6:]}', not wrong, wrong or (f'{worst:.2f} · 2⁻²⁴ of the terms' if worst else ''))
+
+
+def portable_cases():
+    forms = ('int8', 'int4', 'w8a16', 'w4a16') + ('e4m3',)*(torch.cuda.get_device_capability() >= (8, 9))
+    shapes = [(1, 67, (64,)), (16, 208, (1000,)), (17, 1003, (40, 100, 6)), (333, 80, (3072, 1024)), (513, 384, (31, 33, 700, 256)), (1000, 3072, (3072,))]
+    return [(check_portable, form, *shape, i + j) for i, form in enumerate(forms) for j, shape in enumerate(shapes)]
+
+
+def run_cases(cases):
+    with ThreadPoolExecutor(16) as pool: list(pool.map(lambda case: case[0](*case[1:]), cases))
+
+
 def check():
     "All of them, on several threads: most of the time goes into compiling"
     options = [dict(), dict(dual=True), dict(dtype='int4'), dict(dtype='int4', packed=True, dual=True), dict(dtype='fp8e4m3'), dict(dtype='fp8e4m3', dual=True),
@@ -114,7 +184,8 @@ def check():
     for name in products():
         for i, (M, N) in enumerate(rows):
             cases += [(check_product, name, M, N - (5 if name == 'sm80' and i % 2 else 0), sizes, i + j) for j, sizes in enumerate(cuts)]
-    with ThreadPoolExecutor(16) as pool: list(pool.map(lambda case: case[0](*case[1:]), cases))
+    if 'sm80' in products(): cases += portable_cases()
+    run_cases(cases)
     packed, given = torch.randint(256, (3000, 1536), dtype=torch.uint8, device=DEVICE), layer(70, 75, (40, 100), True)
     report('unpack int4', torch.equal(cuda.unpack_int4_cuda(packed), unpack_int4(packed)))
     report('naive', torch.equal(w8a8_naive(**given), w8a8_reference(**given, dtype=torch.float32)))
@@ -205,11 +276,33 @@ def time_products(results, models):
                   + f'; all linears of a pass: bf16 {weights[name, "bf16"]/1000:.2f} ms, W8A8 {weights[name, "whole"]/1000:.2f} ms')
 
 
+KINDS = (('int8', 'int8', {}), ('int4', 'int4', {}), ('int4, groups of 128', 'int4', dict(group=128)), ('int4, groups of 64', 'int4', dict(group=64)),
+         ('int8, rank 32', 'int8', dict(rank=32)), ('int4, rank 64', 'int4', dict(rank=64)), ('int4, dual', 'int4', dict(dual=True)), ('e4m3', 'e4m3', {}), ('int8 × 16 bits', 'w8a16', {}), ('int4 × 16 bits', 'w4a16', {}),
+         ('int4 × 16 bits, groups of 64', 'w4a16', dict(group=64)))
+
+
+def time_portable(results):
+    "The formats of the portable kernel, next to int8 without anything"
+    print('\n-- portable formats: µs | TOPS | × bf16 | of int8\'s speed')
+    for M, N, K in ((4608, 3072, 15360), (4096, 3072, 3072), (4096, 12288, 3072), (512, 3072, 3072), (64, 3072, 3072)):
+        n, plain = min(12, turns(M*K + N*K + 2*M*N)), 0
+        xs, w16 = [activations(M, K) for _ in range(n)], [torch.randn(N, K, device=DEVICE).bfloat16() for _ in range(n)]
+        bf16 = microseconds(lambda i: F.linear(xs[i], w16[i]), range(n), 5)
+        for name, form, kind in KINDS:
+            if form == 'e4m3' and torch.cuda.get_device_capability() < (8, 9): continue
+            many = [portable_layer(form, M, N, (K,), **kind) for _ in range(n)]
+            took = microseconds(portable_product, many, 5)
+            plain = plain or took
+            print(f'({M}, {N}, {K}) {name}'.ljust(44), f'{took:8.1f} | {2*M*N*K/took/1e6:5.0f} | {bf16/took:5.2f} | {plain/took:5.2f}', flush=True)
+            results.append(dict(kind='portable', M=M, N=N, K=K, what=name, us=took, bf16_us=bf16))
+
+
 def time_launches(results):
     "What a call costs the CPU"
     x, columns = activations(64, 640), PackedColumns((640,))
     given = layer(64, 640, (640,))
-    for name, call in (('quantize_cuda', lambda: quantize_cuda(x, columns)), ('w8a8_sm80', lambda: w8a8_sm80(**given)), ('F.linear', lambda w=torch.randn(640, 640, device=DEVICE).bfloat16(): F.linear(x, w))):
+    for name, call in (('quantize_cuda', lambda: quantize_cuda(x, columns)), ('w8a8_sm80', lambda: w8a8_sm80(**given)),
+                       ('PortableLinear', lambda p=PortableLinear(Operands(*(given[k] for k in ('weight', 'scale_w', 'bias', 'columns')))): p(given['codes'], given['scale_x'])), ('F.linear', lambda w=torch.randn(640, 640, device=DEVICE).bfloat16(): F.linear(x, w))):
         import time
         for _ in range(50): call()
         torch.cuda.synchronize()
@@ -227,9 +320,19 @@ def machine() -> dict:
     return dict(gpu=driver, torch=torch.__version__, cuda=torch.version.cuda, cupy=cupy.__version__, nvrtc='.'.join(map(str, cupy.cuda.nvrtc.getVersion())), python=platform.python_version())
 
 
+def write(path, about, results):
+    "As JSON, a row a line"
+    rows = [{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items() if v == v} for row in results]
+    lines = ',\n'.join(' ' + json.dumps(row) for row in rows)
+    path.write_text(f'{{"machine": {json.dumps(about)},\n"command": {json.dumps(" ".join(sys.argv))},\n"results": [\n{lines}\n]}}\n')
+
+
+PARTS = ('check', 'codes', 'gemm', 'portable', 'launch')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=('check', 'codes', 'gemm', 'launch'), default=('check', 'codes', 'gemm', 'launch'))
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument('--models', nargs='+', choices=SHAPES, default=list(SHAPES))
     parser.add_argument('--products', nargs='+', choices=('sm80', 'sm90'), default=[], help='default: all that this GPU can run')
     parser.add_argument('--out', type=Path, help='where to write the numbers, as JSON')
@@ -243,12 +346,10 @@ def main():
         torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what torch.empty returns
         check()
         torch.use_deterministic_algorithms(False)
-    if 'codes' in args.only: time_codes(results)
-    if 'gemm' in args.only: time_products(results, args.models)
-    if 'launch' in args.only: time_launches(results)
-    if args.out:
-        rows = [{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items() if v == v} for row in results]
-        args.out.write_text(json.dumps(dict(machine=about, command=' '.join(sys.argv), results=rows)))
+    parts = dict(codes=time_codes, portable=time_portable, launch=time_launches, gemm=lambda results: time_products(results, args.models))
+    for name in (part for part in parts if part in args.only):
+        parts[name](results)
+        if args.out: write(args.out, about, results)
     if FAILED: sys.exit(f'{len(FAILED)} checks failed: ' + '; '.join(FAILED))
 
 
