@@ -40,8 +40,11 @@ template <class Pair, class Value> SQ_INLINE Pair load_pair(const Value* values,
 SQ_INLINE float2 pair_at(const float* values) { return *reinterpret_cast<const float2*>(values); }
 
 // One term of y. Each product is rounded once, as in segquant_nb.gemm.w8a8_reference: all paths agree in every bit.
+SQ_INLINE float scaled_term(float sum, float scale_x, float scale_w) {
+    return __fmul_rn(sum, __fmul_rn(scale_x, scale_w));
+}
 SQ_INLINE float scaled_term(int sum, float scale_x, float scale_w) {
-    return __fmul_rn(__int2float_rn(sum), __fmul_rn(scale_x, scale_w));
+    return scaled_term(__int2float_rn(sum), scale_x, scale_w);
 }
 
 // Four 8×8 blocks of 16-bit values, one register each, to the rows whose addresses the lanes give.

@@ -22,3 +22,18 @@ SQ_INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int band) {
     const int inside = index - first * tiles_n;
     return {first + inside % rows, inside / rows};
 }
+
+struct Place {
+    int row, column, columns;  // the first ones of a tile, and how many
+};
+
+// Where tile number `index` of `rows` × `columns` lies. Of the last `halves` tiles either half is a tile of its own;
+// and of a tile with at most half of its columns in y, there is only that half. Without halves (-1) neither is so.
+// A tile that begins at N or beyond is none.
+SQ_INLINE Place place_at(int index, int tiles_m, int tiles_n, int band, int halves, int rows, int columns, int N) {
+    const int first = halves < 0 ? tiles_m * tiles_n : tiles_m * tiles_n - halves;
+    const int beyond = index < first ? 0 : index - first;
+    const Tile tile = tile_at(index - beyond + beyond / 2, tiles_m, tiles_n, band);
+    const bool half = halves >= 0 && (index >= first || tile.n * columns + columns / 2 >= N);
+    return {tile.m * rows, tile.n * columns + beyond % 2 * (columns / 2), half ? columns / 2 : columns};
+}

@@ -1,16 +1,22 @@
-// y (M, N) = scale_x · scale_w · (x (M, K) · w (N, K)ᵀ) + bias on Hopper: int8 codes, exact int32 sums.
+// y (M, N) = scale_x · scale_w · (x (M, K) · w (N, K)ᵀ) + t (M, R) · up (N, R)ᵀ + bias on Hopper: int8 codes with
+// exact int32 sums, or 8-bit floats.
 //
 // One block per multiprocessor walks over tiles of y. One warpgroup of a block is the producer: a
 // single thread that keeps the copy engine filling a ring of shared-memory stages. The other warpgroups
-// are consumers: each multiplies 64 rows of the tile, then scales and stores them.
+// are consumers: each multiplies 64 rows of the tile, then scales and stores them. At the end of a sum they take
+// turns: while one scales, the next still multiplies.
 //
 // Fixed when compiled:
 //   OUTPUT     0 bfloat16, 1 float16, 2 float32
 //   DUAL       the sign of a code of x selects its scale
 //   SEGMENTED  more than one input segment
 //   RESIDUAL   y = residual + gate · (the above)
+//   FP8        codes are 8-bit floats (E4M3), sums are floats
+//   LOW_RANK   t and up are 0 absent, 1 bfloat16, 2 float16
 //   BN         columns of a tile: 64, 128, 192, 256
 //   CONSUMERS  1 to 3 warpgroups: a tile has 64 rows for each
+//   HALVES     the last tiles may be made in two halves of their columns
+//   TURNS      stages at the end of a sum that the consumers multiply one after the other, or 0
 //   STAGES     of the ring, each 128 columns of K
 #include "tma/copy.cuh"
 #include "wgmma/epilogue.cuh"
@@ -19,20 +25,34 @@
 #define BM (64 * CONSUMERS)
 #define BK 128
 #define THREADS (128 * (CONSUMERS + 1))
-#define SUMS (BN / 2)  // of a thread
+#define FLOATS (SEGMENTED || LOW_RANK)  // sums become floats before all is summed
 #define A_BYTES (BM * BK)
+#define W_BOX (HALVES ? BN / 2 : BN)  // rows of w that one copy moves
 #define STAGE_BYTES ((BM + BN) * BK)
 #define PATHS (DUAL ? 2 : 1)
 #define BOX_COLUMNS (OUTPUT == 2 ? 32 : 64)  // 128 bytes of y
 #define BOX_GROUPS (BOX_COLUMNS / 8)
-#define BOXES (CONSUMERS == 3 ? 1 : 2)  // of a warp, on their way out
-#define SPLITS (BN == 192 ? 1 : 2)  // sets of registers for codes split by sign: what is left beside the sums
+#define BOXES (CONSUMERS == 3 || BN == 192 ? 1 : 2)  // of a warp, on their way out
+
+#if FP8
+typedef float Sum;
+template <int N> using Product = WgmmaE4m3<N>;
+#else
+typedef int Sum;
+template <int N> using Product = Wgmma<N>;
+#endif
+#if LOW_RANK == 2
+template <int N> using LowRankProduct = WgmmaHalf<N>;
+#else
+template <int N> using LowRankProduct = WgmmaBfloat16<N>;
+#endif
 
 struct alignas(1024) Shared {
     uint8 stages[STAGES][STAGE_BYTES];  // BM rows of x, then BN rows of w
     uint8 boxes[CONSUMERS * 4][BOXES][16 * 128];
     float vectors[2][BN];  // the tile's columns of scale_w and bias
     uint64 full[STAGES], empty[STAGES], vector_full[2], vector_empty[2];
+    uint64 passed[CONSUMERS][STAGES];  // by a consumer, to the one behind it
 };
 
 struct Problem {
@@ -43,11 +63,18 @@ struct Problem {
     int scale_w_stride;    // N, or 0: the same for all segments
     int rows_per_gate;     // rows that share a row of gate
     int band;              // see layout.cuh
+    int rank_steps;        // of 16 columns of t and up
+    int halves;            // how many tiles, the last ones, are two halves; with HALVES
 };
+
+SQ_INLINE Place place(const Problem& p, int index) {
+    return place_at(index, p.tiles_m, p.tiles_n, p.band, HALVES ? p.halves : -1, BM, BN, p.N);
+}
 
 // The consumers' side of the ring.
 struct Ring {
     Shared& shared;
+    const int warpgroup;
     int stage, phase;
     int held;  // the stage that a group of wgmma in flight may still read, or -1
 
@@ -55,10 +82,19 @@ struct Ring {
     SQ_INLINE uint64 x_rows() const { return swizzled_rows(shared_address(x() + threadIdx.x / 128 * 64 * BK)); }
     SQ_INLINE uint64 w_rows() const { return swizzled_rows(shared_address(x() + A_BYTES)); }
     SQ_INLINE void wait() { barrier_wait(&shared.full[stage], phase); }
-    // Back to the producer, once nothing reads it any more.
+    // Back to the producer, once nothing reads it any more. The consumer behind this one is told, too.
     SQ_INLINE void release_held() {
-        if (held >= 0 && threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[held]);
+        if (held >= 0 && threadIdx.x % 32 == 0) {
+            barrier_arrive(&shared.empty[held]);
+            if (TURNS && warpgroup < CONSUMERS - 1) barrier_arrive(&shared.passed[warpgroup][held]);
+        }
         held = -1;
+    }
+    // Until the consumer before this one works on the last of the next `count` stages.
+    SQ_INLINE void wait_turn(int count) {
+        const int at = stage + count - 2;
+        if (TURNS && warpgroup > 0 && count > 1)
+            barrier_wait(&shared.passed[warpgroup - 1][at % STAGES], phase ^ (at >= STAGES));
     }
     SQ_INLINE void next() {
         held = stage;
@@ -84,32 +120,32 @@ struct VectorRing {
     }
 };
 
-SQ_INLINE void clear(int (&sums)[SUMS]) {
+template <int Sums> SQ_INLINE void clear(Sum (&sums)[Sums]) {
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) sums[i] = 0;
+    for (int i = 0; i < Sums; ++i) sums[i] = 0;
 }
 
 // sums += x · wᵀ over a stage, four steps of 32 columns. One group of wgmma stays in flight.
-SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS]) {
+template <int Sums> SQ_INLINE void multiply(Ring& ring, Sum (&sums)[Sums]) {
     const uint64 x = ring.x_rows(), w = ring.w_rows();
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) Wgmma<BN>::multiply(sums, x + 2 * step, w + 2 * step);
+    for (int step = 0; step < 4; ++step) Product<2 * Sums>::multiply(sums, x + 2 * step, w + 2 * step);
     wgmma_commit();
     wgmma_wait<1>();
     ring.release_held();
 }
 
 // The same over steps [from, to), for the ends of a segment. Nothing stays in flight.
-SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS], int from, int to) {
+template <int Sums> SQ_INLINE void multiply(Ring& ring, Sum (&sums)[Sums], int from, int to) {
     const uint64 x = ring.x_rows(), w = ring.w_rows();
 #pragma unroll 1
     for (int step = from; step < to; ++step) {
         wgmma_fence();
-        Wgmma<BN>::multiply(sums, x + 2 * step, w + 2 * step);
-        wgmma_commit();
-        wgmma_wait<0>();
+        Product<2 * Sums>::multiply(sums, x + 2 * step, w + 2 * step);
     }
+    wgmma_commit();
+    wgmma_wait<0>();
     ring.release_held();
 }
 
@@ -129,25 +165,28 @@ SQ_INLINE void split(const uint32 (&codes)[4], uint32 (&above)[4], uint32 (&belo
 }
 
 // As multiply, for both signs, which share each read of w. The codes of a step load while the one before runs.
-SQ_INLINE void multiply_split(Ring& ring, int (&above)[SUMS], int (&below)[SUMS]) {
+template <int Sums>
+SQ_INLINE void multiply_split(Ring& ring, Sum (&above)[Sums], Sum (&below)[Sums]) {
     const uint8* rows = ring.x() + threadIdx.x / 32 * 16 * BK;
     const uint64 w = ring.w_rows();
-    uint32 x_above[SPLITS][4], x_below[SPLITS][4], codes[4];
+    constexpr int splits = Sums == 96 ? 1 : 2;  // sets of registers: what is left beside the sums
+    uint32 x_above[splits][4], x_below[splits][4], codes[4];
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
         load_step(rows, step, codes);
-        if (SPLITS == 1) wgmma_wait<0>();
-        split(codes, x_above[step % SPLITS], x_below[step % SPLITS]);
+        if (splits == 1) wgmma_wait<0>();
+        split(codes, x_above[step % splits], x_below[step % splits]);
         wgmma_fence();
-        Wgmma<BN>::multiply(above, x_above[step % SPLITS], w + 2 * step);
-        Wgmma<BN>::multiply(below, x_below[step % SPLITS], w + 2 * step);
+        Product<2 * Sums>::multiply(above, x_above[step % splits], w + 2 * step);
+        Product<2 * Sums>::multiply(below, x_below[step % splits], w + 2 * step);
         wgmma_commit();
-        if (SPLITS == 2) wgmma_wait<1>();
+        if (splits == 2) wgmma_wait<1>();
         if (step == 0) ring.release_held();
     }
 }
 
-SQ_INLINE void multiply_split(Ring& ring, int (&above)[SUMS], int (&below)[SUMS], int from, int to) {
+template <int Sums>
+SQ_INLINE void multiply_split(Ring& ring, Sum (&above)[Sums], Sum (&below)[Sums], int from, int to) {
     const uint8* rows = ring.x() + threadIdx.x / 32 * 16 * BK;
     const uint64 w = ring.w_rows();
     uint32 x_above[4], x_below[4], codes[4];
@@ -156,12 +195,200 @@ SQ_INLINE void multiply_split(Ring& ring, int (&above)[SUMS], int (&below)[SUMS]
         load_step(rows, step, codes);
         split(codes, x_above, x_below);
         wgmma_fence();
-        Wgmma<BN>::multiply(above, x_above, w + 2 * step);
-        Wgmma<BN>::multiply(below, x_below, w + 2 * step);
+        Product<2 * Sums>::multiply(above, x_above, w + 2 * step);
+        Product<2 * Sums>::multiply(below, x_below, w + 2 * step);
         wgmma_commit();
         wgmma_wait<0>();
     }
     ring.release_held();
+}
+
+#if LOW_RANK
+// total += t · upᵀ over a stage: 64 columns of 16 bits, of which the first steps are not only zeros.
+template <int Sums> SQ_INLINE void multiply_low_rank(Ring& ring, float (&total)[Sums], int steps) {
+    const uint64 t = ring.x_rows(), up = ring.w_rows();
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        wgmma_fence();
+        LowRankProduct<2 * Sums>::multiply(total, t + 2 * step, up + 2 * step);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    ring.release_held();
+}
+#endif
+
+// A warpgroup's 64 rows of a tile: multiplied, scaled, sent out. The arguments are the kernel's.
+template <int Width>
+SQ_INLINE void make_tile(Ring& ring, VectorRing& vectors, int& box, const Place& tile, const TensorMap& y_map, const Problem& p,
+                         const float* __restrict__ scale_x, const float* __restrict__ bias, const int* __restrict__ ends,
+                         const int* __restrict__ duals, const float* __restrict__ gate,
+                         const Output<OUTPUT>::Value* __restrict__ residual, const int* __restrict__ scale_rows) {
+    constexpr int Sums = Width / 2;  // of a thread
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int first_row = tile.row + warp * 16, first_column = tile.column;
+    int rows[2];  // what lies outside reads the last row, and is not stored
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows[h] = min(first_row + lane / 4 + 8 * h, p.M - 1);
+    // Offsets have 32 bits: an address would take two registers, and none is left.
+    auto load_scales = [&](int term, float (&scales)[2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            scales[h] = __ldg(scale_x + (uint32)(term * p.tokens + (p.tokens > 1 ? rows[h] : 0)));
+    };
+
+    Sum sums[Sums];          // of all codes, or of those above zero
+    Sum below[Sums];         // of those below, with DUAL
+    float total[Sums] = {};  // of the segments so far, scaled; with FLOATS
+    float x_scale[2], x_below[2];
+    auto add_to_total = [&](bool dual) {
+        const float* w_scales = vectors.wait();
+#pragma unroll
+        for (int j = 0; j < Width / 8; ++j) {
+            const float2 w = pair_at(w_scales + 8 * j);
+#pragma unroll
+            for (int i = 4 * j; i < 4 * j + 4; ++i) {
+                const float w_scale = i % 2 ? w.y : w.x;
+                const float term = scaled_term(sums[i], x_scale[i / 2 % 2], w_scale);
+                total[i] = SEGMENTED ? __fadd_rn(total[i], term) : term;
+                if (dual) total[i] = __fadd_rn(total[i], scaled_term(below[i], x_below[i / 2 % 2], w_scale));
+            }
+        }
+        vectors.release();
+    };
+
+    // NOTE: each way leads through wait and pin. Where a group in flight met a path without one, the compiler would
+    // give up and wait after every single product.
+    auto settle = [&] {
+        wgmma_wait<0>();
+        pin(sums);
+        if (DUAL) pin(below);
+        ring.release_held();
+    };
+    auto multiply_stages = [&](int count, bool dual) {
+        if (dual)
+#pragma unroll 1
+            for (; count > 0; --count, ring.next()) {
+                ring.wait();
+                multiply_split(ring, sums, below);
+            }
+        else
+#pragma unroll 1
+            for (; count > 0; --count, ring.next()) {
+                ring.wait();
+                multiply(ring, sums);
+            }
+        settle();
+    };
+    auto multiply_in_turns = [&](int count, bool dual) {
+        const int turn = min(count, TURNS);
+        multiply_stages(count - turn, dual);
+        if (TURNS) {
+            ring.wait_turn(turn);
+            multiply_stages(turn, dual);
+        }
+    };
+
+    if (!SEGMENTED) {
+        load_scales(0, x_scale);
+        if (DUAL) load_scales(1, x_below);
+        clear(sums);
+        clear(below);
+        multiply_in_turns(p.blocks, DUAL);
+        if (FLOATS) add_to_total(DUAL);
+    } else {
+        for (int s = 0, step = 0; s < p.segments; ++s) {
+            const int end = s == p.segments - 1 ? 4 * p.blocks : __ldg(ends + s) / 32;
+            const bool dual = DUAL && (!duals || __ldg(duals + s));
+            const int row = scale_rows ? __ldg(scale_rows + s) : s;
+            load_scales(row * PATHS, x_scale);
+            if (DUAL) load_scales(row * PATHS + 1, x_below);
+            clear(sums);
+            clear(below);
+            // Up to a whole stage, whole stages, and what is left.
+            auto part = [&] {
+                const int from = step % 4, to = min(from + end - step, 4);
+                if (from == 0) ring.wait();
+                if (dual) multiply_split(ring, sums, below, from, to);
+                else multiply(ring, sums, from, to);
+                step += to - from;
+                if (to == 4) ring.next();
+            };
+            settle();
+            if (step % 4) part();
+            settle();
+            const int count = (end - step) / 4;
+            multiply_in_turns(count, dual);
+            step += 4 * count;
+            if (step < end) part();
+            settle();
+            add_to_total(dual);  // the boundary: sums become floats and start over
+        }
+    }
+
+#if LOW_RANK
+    // t · upᵀ lands on the scaled sums, in the same registers.
+    for (int left = p.rank_steps; left > 0; left -= 4, ring.next()) {
+        ring.wait();
+        multiply_low_rank(ring, total, min(left, 4));
+    }
+    pin(total);
+    ring.release_held();
+#endif
+
+    // Scale, and send the tile out in boxes of 16 rows × 128 bytes, each warp on its own.
+    typedef Output<OUTPUT> Out;
+    const float* w_scales = FLOATS ? nullptr : vectors.wait();
+    const float* biases = bias ? vectors.wait(!FLOATS) : nullptr;
+#pragma unroll
+    for (int part = 0; part < (Width + BOX_COLUMNS - 1) / BOX_COLUMNS; ++part) {
+        // Of 96 columns the second 64 begin at 32; what both boxes have is the same.
+        const int from = min(part * BOX_COLUMNS, Width - BOX_COLUMNS);
+        Out::Pair pairs[BOX_GROUPS][2];
+#if RESIDUAL
+        const int c = first_column + from + lane % 4 * 2, left = p.N - c;
+#pragma unroll
+        for (int j = 0; j < BOX_GROUPS; ++j)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                pairs[j][h] = load_pair<Out::Pair>(residual + ((uint32)rows[h] * p.N + c), 8 * j, left);
+#endif
+#pragma unroll
+        for (int j = 0; j < BOX_GROUPS; ++j) {
+            const int at = from + 8 * j;
+            const float2 w = FLOATS ? float2() : pair_at(w_scales + at);
+            const float2 b = bias ? pair_at(biases + at) : float2();
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float value[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int i = at / 2 + 2 * h + e;
+                    const float w_scale = e ? w.y : w.x;
+                    value[e] = FLOATS ? total[i] : scaled_term(sums[i], x_scale[h], w_scale);
+                    if (DUAL && !FLOATS) value[e] = __fadd_rn(value[e], scaled_term(below[i], x_below[h], w_scale));
+                    value[e] = __fadd_rn(value[e], e ? b.y : b.x);
+                }
+#if RESIDUAL
+                const uint32 image = (uint32)(rows[h] / p.rows_per_gate) * p.N;
+                const float2 by = gate ? load_pair<float2>(gate + (image + c), 8 * j, left) : float2{1.f, 1.f};
+                value[0] = __fmaf_rn(by.x, value[0], Out::first(pairs[j][h]));
+                value[1] = __fmaf_rn(by.y, value[1], Out::second(pairs[j][h]));
+#endif
+                pairs[j][h] = Out::pack(value[0], value[1]);
+            }
+        }
+        uint8* out = ring.shared.boxes[warp][box];
+        box = (box + 1) % BOXES;
+        if (lane == 0) wait_stores<BOXES - 1>();
+        __syncwarp();
+        stage_box(shared_address(out), lane, pairs);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) store_box(&y_map, out, first_column + from, first_row);
+    }
+    if (!FLOATS) vectors.release();
+    if (bias) vectors.release();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) s8_gemm_sm90(
@@ -175,7 +402,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s8_gemm_sm90(
     const int* __restrict__ ends,             // (segments,) one past the last column of each, multiples of 32
     const int* __restrict__ duals,            // (segments,) 1 where the sign matters; or null: everywhere
     const float* __restrict__ gate,           // (M / rows_per_gate, N)
-    const Output<OUTPUT>::Value* __restrict__ residual) {  // (M, N), as y
+    const Output<OUTPUT>::Value* __restrict__ residual,  // (M, N), as y
+    const int* __restrict__ scale_rows        // (segments,) which scales each has; or null: its own
+#if LOW_RANK
+    , const __grid_constant__ TensorMap t_map,  // (M, R) 16-bit floats, boxes of BM rows × 64
+    const __grid_constant__ TensorMap up_map    // (N, R), boxes of BN rows × 64
+#endif
+) {
     extern __shared__ __align__(1024) uint8 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     // The shuffle tells the compiler that a warp takes one way at a branch.
@@ -185,6 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s8_gemm_sm90(
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(&shared.full[s], 1);
             barrier_init(&shared.empty[s], CONSUMERS * 4);
+            for (int c = 0; c < CONSUMERS; ++c) barrier_init(&shared.passed[c][s], 4);
         }
         for (int v = 0; v < 2; ++v) {
             barrier_init(&shared.vector_full[v], 1);
@@ -196,184 +430,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s8_gemm_sm90(
 
     if (warpgroup == CONSUMERS) {
         // Producers. Their registers go to the consumers; two threads stay.
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (CONSUMERS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (CONSUMERS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (threadIdx.x == CONSUMERS * 128) {
             prefetch_map(&x_map);
             prefetch_map(&w_map);
             prefetch_map(&y_map);
             int stage = 0, phase = 0;
-            for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
-                const Tile tile = tile_at(index, p.tiles_m, p.tiles_n, p.band);
-#pragma unroll 1
-                for (int block = 0; block < p.blocks; ++block) {
+            for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n + p.halves; index += gridDim.x) {
+                const Place tile = place(p, index);
+                if (HALVES && tile.column >= p.N) continue;
+                auto fill = [&](const TensorMap& a, const TensorMap& b, int column) {
+                    const bool half = HALVES && tile.columns < BN;
                     barrier_wait(&shared.empty[stage], phase ^ 1);
-                    barrier_expect(&shared.full[stage], STAGE_BYTES);
-                    load_box(&x_map, shared.stages[stage], &shared.full[stage], block * BK, tile.m * BM);
-                    load_box(&w_map, shared.stages[stage] + A_BYTES, &shared.full[stage], block * BK, tile.n * BN);
+                    barrier_expect(&shared.full[stage], half ? STAGE_BYTES - W_BOX * BK : STAGE_BYTES);
+                    load_box(&a, shared.stages[stage], &shared.full[stage], column, tile.row);
+                    load_box(&b, shared.stages[stage] + A_BYTES, &shared.full[stage], column, tile.column);
+                    if (HALVES && !half)
+                        load_box(&b, shared.stages[stage] + A_BYTES + W_BOX * BK, &shared.full[stage], column,
+                                 tile.column + W_BOX);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
-                }
+                };
+#pragma unroll 1
+                for (int block = 0; block < p.blocks; ++block) fill(x_map, w_map, block * BK);
+#if LOW_RANK
+#pragma unroll 1
+                for (int step = 0; step < p.rank_steps; step += 4) fill(t_map, up_map, step * 16);
+#endif
             }
         } else if (threadIdx.x == CONSUMERS * 128 + 32) {
             int slot = 0, phase = 0;
-            for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
-                const int first = tile_at(index, p.tiles_m, p.tiles_n, p.band).n * BN;
-                const uint32 bytes = min(BN, p.N - first) * 4;
+            for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n + p.halves; index += gridDim.x) {
+                const Place tile = place(p, index);
+                if (HALVES && tile.column >= p.N) continue;
+                const uint32 bytes = min(tile.columns, p.N - tile.column) * 4;
+#pragma unroll 1
                 for (int s = 0; s < p.segments + (bias != nullptr); ++s, phase ^= slot, slot ^= 1) {
-                    const float* from = s < p.segments ? scale_w + (int64)s * p.scale_w_stride : bias;
+                    const int row = s < p.segments && scale_rows ? __ldg(scale_rows + s) : s;
+                    const float* from = s < p.segments ? scale_w + (int64)row * p.scale_w_stride : bias;
                     barrier_wait(&shared.vector_empty[slot], phase ^ 1);
                     barrier_expect(&shared.vector_full[slot], bytes);
-                    load_bytes(from + first, shared.vectors[slot], &shared.vector_full[slot], bytes);
+                    load_bytes(from + tile.column, shared.vectors[slot], &shared.vector_full[slot], bytes);
                 }
             }
         }
     } else {
         // Consumers.
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        if (CONSUMERS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
-        Ring ring = {shared, 0, 0, -1};
+        if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        if (CONSUMERS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        Ring ring = {shared, warpgroup, 0, 0, -1};
         VectorRing vectors = {shared, 0, 0};
         int box = 0;
 
-        for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
-            const Tile tile = tile_at(index, p.tiles_m, p.tiles_n, p.band);
-            const int first_row = tile.m * BM + warp * 16, first_column = tile.n * BN;
-            int rows[2];  // what lies outside reads the last row, and is not stored
-#pragma unroll
-            for (int h = 0; h < 2; ++h) rows[h] = min(first_row + lane / 4 + 8 * h, p.M - 1);
-            // Offsets have 32 bits: an address would take two registers, and none is left.
-            auto load_scales = [&](int term, float (&scales)[2]) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    scales[h] = __ldg(scale_x + (uint32)(term * p.tokens + (p.tokens > 1 ? rows[h] : 0)));
-            };
-
-            int sums[SUMS];          // of all codes, or of those above zero
-            int below[SUMS];         // of those below, with DUAL
-            float total[SUMS] = {};  // of the segments so far, scaled; with SEGMENTED
-            float x_scale[2], x_below[2];
-
-            if (!SEGMENTED) {
-                load_scales(0, x_scale);
-                if (DUAL) load_scales(1, x_below);
-                clear(sums);
-                clear(below);
-                for (int block = 0; block < p.blocks; ++block, ring.next()) {
-                    ring.wait();
-                    if (DUAL) multiply_split(ring, sums, below);
-                    else multiply(ring, sums);
-                }
-                wgmma_wait<0>();
-                pin(sums);
-                if (DUAL) pin(below);
-                ring.release_held();
-            } else {
-                for (int s = 0, step = 0; s < p.segments; ++s) {
-                    const int end = s == p.segments - 1 ? 4 * p.blocks : __ldg(ends + s) / 32;
-                    const bool dual = DUAL && (!duals || __ldg(duals + s));
-                    load_scales(s * PATHS, x_scale);
-                    if (DUAL) load_scales(s * PATHS + 1, x_below);
-                    clear(sums);
-                    clear(below);
-                    // Up to a whole stage, whole stages, and what is left.
-                    auto part = [&] {
-                        const int from = step % 4, to = min(from + end - step, 4);
-                        if (from == 0) ring.wait();
-                        if (dual) multiply_split(ring, sums, below, from, to);
-                        else multiply(ring, sums, from, to);
-                        step += to - from;
-                        if (to == 4) ring.next();
-                    };
-                    // NOTE: each way leads through wait and pin. Where a group in flight met a path without one, the
-                    // compiler would give up and wait after every single product.
-                    auto settle = [&] {
-                        wgmma_wait<0>();
-                        pin(sums);
-                        if (DUAL) pin(below);
-                    };
-                    settle();
-                    if (step % 4) part();
-                    settle();
-                    if (dual)
-                        for (; step + 4 <= end; step += 4, ring.next()) {
-                            ring.wait();
-                            multiply_split(ring, sums, below);
-                        }
-                    else
-                        for (; step + 4 <= end; step += 4, ring.next()) {
-                            ring.wait();
-                            multiply(ring, sums);
-                        }
-                    settle();
-                    if (step < end) part();
-                    settle();
-                    ring.release_held();
-                    // The boundary: sums become floats and start over.
-                    const float* w_scales = vectors.wait();
-#pragma unroll
-                    for (int j = 0; j < BN / 8; ++j) {
-                        const float2 w = pair_at(w_scales + 8 * j);
-#pragma unroll
-                        for (int i = 4 * j; i < 4 * j + 4; ++i) {
-                            const float w_scale = i % 2 ? w.y : w.x;
-                            total[i] = __fadd_rn(total[i], scaled_term(sums[i], x_scale[i / 2 % 2], w_scale));
-                            if (dual) total[i] = __fadd_rn(total[i], scaled_term(below[i], x_below[i / 2 % 2], w_scale));
-                        }
-                    }
-                    vectors.release();
-                }
-            }
-
-            // Scale, and send the tile out in boxes of 16 rows × 128 bytes, each warp on its own.
-            typedef Output<OUTPUT> Out;
-            const float* w_scales = SEGMENTED ? nullptr : vectors.wait();
-            const float* biases = bias ? vectors.wait(!SEGMENTED) : nullptr;
-#pragma unroll
-            for (int part = 0; part < BN / BOX_COLUMNS; ++part) {
-                Out::Pair pairs[BOX_GROUPS][2];
-#if RESIDUAL
-                const int c = first_column + part * BOX_COLUMNS + lane % 4 * 2, left = p.N - c;
-#pragma unroll
-                for (int j = 0; j < BOX_GROUPS; ++j)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        pairs[j][h] = load_pair<Out::Pair>(residual + ((uint32)rows[h] * p.N + c), 8 * j, left);
-#endif
-#pragma unroll
-                for (int j = 0; j < BOX_GROUPS; ++j) {
-                    const int at = part * BOX_COLUMNS + 8 * j;
-                    const float2 w = SEGMENTED ? float2() : pair_at(w_scales + at);
-                    const float2 b = bias ? pair_at(biases + at) : float2();
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        float value[2];
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            const int i = at / 2 + 2 * h + e;
-                            const float w_scale = e ? w.y : w.x;
-                            value[e] = SEGMENTED ? total[i] : scaled_term(sums[i], x_scale[h], w_scale);
-                            if (DUAL && !SEGMENTED) value[e] = __fadd_rn(value[e], scaled_term(below[i], x_below[h], w_scale));
-                            value[e] = __fadd_rn(value[e], e ? b.y : b.x);
-                        }
-#if RESIDUAL
-                        const float2 by = load_pair<float2>(gate + ((uint32)(rows[h] / p.rows_per_gate) * p.N + c), 8 * j, left);
-                        value[0] = __fmaf_rn(by.x, value[0], Out::first(pairs[j][h]));
-                        value[1] = __fmaf_rn(by.y, value[1], Out::second(pairs[j][h]));
-#endif
-                        pairs[j][h] = Out::pack(value[0], value[1]);
-                    }
-                }
-                uint8* out = shared.boxes[warp][box];
-                box = (box + 1) % BOXES;
-                if (lane == 0) wait_stores<BOXES - 1>();
-                __syncwarp();
-                stage_box(shared_address(out), lane, pairs);
-                fence_async_proxy();
-                __syncwarp();
-                if (lane == 0) store_box(&y_map, out, first_column + part * BOX_COLUMNS, first_row);
-            }
-            if (!SEGMENTED) vectors.release();
-            if (bias) vectors.release();
+        for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n + p.halves; index += gridDim.x) {
+            const Place tile = place(p, index);
+            if (HALVES && tile.column >= p.N) continue;
+            if (HALVES && tile.columns < BN)
+                make_tile<W_BOX>(ring, vectors, box, tile, y_map, p, scale_x, bias, ends, duals, gate, residual, scale_rows);
+            else
+                make_tile<BN>(ring, vectors, box, tile, y_map, p, scale_x, bias, ends, duals, gate, residual, scale_rows);
         }
         if (lane == 0) wait_stores<0>();
     }
