@@ -321,6 +321,11 @@ def _check_shape(t: Tensor, shape: tuple[int, ...], name: str, what: str):
         raise ValueError(f'{name} of shape {tuple(t.shape)}: expected {shape}, {what}.')
 
 # %% ../nbs/20_seglinear.ipynb #52709fd4
+# Asked once: some versions of torch.compile cannot look into the question
+_AUTOCAST = {device for device in ('cpu', 'cuda', 'xpu', 'mps', 'hpu', 'mtia', 'xla')
+             if torch.amp.is_autocast_available(device)}
+
+
 class SegLinear(nn.Module):
     "A quantized linear layer with input and output segments"
     def __init__(
@@ -404,7 +409,7 @@ class SegLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "By `kernel`, a function of layer and input, if there is one; else `emulate`"
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device in _AUTOCAST and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False): return self.forward(x)
         return self.emulate(x) if self.kernel is None else self.kernel(self, x)
 
@@ -475,8 +480,11 @@ class SegLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        "For code that looks at the weight of a linear layer: what it multiplies, in its type"
-        return self.decoded_weight().to(self.dtype)
+        "For code that looks at the weight of a linear layer: what it multiplies its input by"
+        w = self.decoded_weight()
+        if self.down is not None: w = w + self.up.float() @ self.down.float()
+        w = rotated(w, self.plan)
+        return (w if self.smooth is None else w/self.smooth).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -490,6 +498,8 @@ class SegLinear(nn.Module):
         for n, b in scales.items():  # a scale in 16 bits is another scale
             if self._buffers[n].dtype != b.dtype: self._buffers[n] = b.to(self._buffers[n].device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if ready := getattr(self, 'ready', None):  # what a kernel holds is elsewhere now
+            self.ready = type(ready)()
         return self
 
     def extra_repr(self) -> str:

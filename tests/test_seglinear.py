@@ -304,3 +304,13 @@ def test_rotations_give_the_same_bits_for_any_number_of_rows():
     small = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: rotate_columns(t, [16, 8], [16, 8]), small)
     with pytest.raises(ValueError, match=r'expected \(…, 2×512\)'): rotate_columns(x[:, :9], [512, 512], [2, 2])
+
+
+def test_its_weight_is_what_it_multiplies_its_input_by():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(64, 40), torch.randn(50, 64)
+    plan = Plan([(64, Quantizer('int8', axis=-1, dynamic=True))], [40], Quantizer('int8', axis=1), (16,))
+    down, up = torch.randn(3, 64)/8, torch.randn(40, 3)/8
+    q = SegLinear.of(linear, plan, x, smooth=torch.rand(64) + .2, low_rank=(down, up))
+    right = torch.nn.functional.linear(x, q.weight, q.bias)
+    assert (q(x) - right).norm() < .02*right.norm()

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -29,7 +31,7 @@ import gpu_shapes
 from segquant_nb import ops
 from segquant_nb.dualscale import DualScale
 from segquant_nb.formats import Quantizer
-from segquant_nb.ops import cuda_reason, cuda_tables, doctor, use_kernels
+from segquant_nb.ops import cuda_reason, doctor, use_kernels
 from segquant_nb.quartz import Quartz
 from segquant_nb.seglinear import Plan, SegLinear
 
@@ -40,42 +42,70 @@ DEVICE = torch.device('cuda', 0)
 
 
 def kinds(K):
-    "Name: input segments"
+    "Name: input segments, for integer weights"
     a = K//3
     return {'static': [(K, Quantizer())], 'per token': [(K, Quantizer(**TOKEN))], 'int4': [(K, Quantizer('int4', **TOKEN))],
             'dual': [(K, DualScale())], 'dual per token': [(K, DualScale(**TOKEN))],
             'segments': [(a, Quantizer()), (K - a, Quantizer())], 'mixed': [(a, Quantizer(**TOKEN)), (K - a, DualScale(**TOKEN))],
             'mixed static': [(a, DualScale()), (K - a, Quantizer())],
-            'QuaRTZ': [(K, Quartz(**TOKEN))], 'QuaRTZ 16, static': [(K, Quartz(group=16))]}
+            'QuaRTZ': [(K, Quartz(**TOKEN))], 'QuaRTZ 16, static': [(K, Quartz(group=16))], 'QuaRTZ rounded': [(K, Quartz(rounded=True, **TOKEN))],
+            'rotated': [(K, Quantizer(**TOKEN))], 'rotated segments': [(a, Quantizer()), (K - a, Quantizer())], 'weight only': [(K, Quantizer('bf16'))]}
 
 
-def check():
-    "Every kind, weight, type, extra and path; ragged and aligned shapes. Many at a time, for the compiler's sake"
-    cases = list(product(((77, 200, 336), (256, 384, 768), (1, 96, 192)), kinds(96), (W8, W4), ('', 'smooth', 'low rank', 'both'),
-                         ('cuda_sm80', 'cuda_sm90'), CLOSE))
-    with ThreadPoolExecutor(os.cpu_count()) as pool: wrong = [w for w in pool.map(lambda case: check_one(*case), cases) if w]
-    print('\n'.join(wrong[:20]))
-    print(f'{len(cases) - len(wrong)} of {len(cases)} layers right', flush=True)
-    return dict(layers=len(cases), wrong=len(wrong))
+def cases():
+    "Every kind, weight, type, extra and path; ragged and aligned shapes, few rows and many"
+    shapes, extras = ((77, 200, 336), (256, 384, 768), (1, 96, 192), (5, 384, 768), (16, 72, 96)), ('', 'smooth', 'low rank', 'both')
+    whole = list(product(shapes, kinds(96), ('W8', 'W4', 'W8 in groups', 'W4 in groups'), extras, ('cuda_sm80', 'cuda_sm90'), CLOSE))
+    whole += list(product(shapes, ('FP8', 'FP8 static', 'FP8 dual', 'FP8 segments'), ('FP8',), extras, ('cuda_sm80', 'cuda_sm90'), CLOSE))
+    return [c for c in whole if not (c[1] == 'weight only' and c[4] == 'cuda_sm90')]
 
 
-def check_one(shape, kind, w, extra, path, dtype):
-    "What is wrong with a random layer"
+def check(seconds):
+    "As many as there is time for, in random order, many at a time for the compiler's sake"
+    left = cases()
+    random.Random(int(time.time())).shuffle(left)
+    end, wrong, done = time.monotonic() + seconds, [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for w in pool.map(lambda case: check_one(*case) if time.monotonic() < end else None, left):
+            done += w is not None
+            if w: wrong.append(w)
+    print('\n'.join(wrong[:30]))
+    print(f'{done - len(wrong)} of {done} layers right, of {len(left)} possible ones', flush=True)
+    return dict(layers=done, wrong=len(wrong), possible=len(left))
+
+
+def made(shape, kind, w, extra, dtype=torch.float32):
+    "A random layer and inputs"
     M, N, K = shape
     linear, rows = nn.Linear(K, N, device=DEVICE).requires_grad_(False), F.gelu(2*torch.randn(M, K, device=DEVICE))
     smooth = torch.rand(K, device=DEVICE) + .5 if extra in ('smooth', 'both') else None
     rank = (torch.randn(8, K, device=DEVICE)/K, torch.randn(N, 8, device=DEVICE)/8) if extra in ('low rank', 'both') else None
-    q = SegLinear.of(linear, Plan(kinds(K)[kind], [N//4, N - N//4], w), rows, smooth, rank)
+    fp8, a = dict(dtype='fp8e4m3'), K//3
+    inputs = {'FP8': [(K, Quantizer(**fp8, **TOKEN))], 'FP8 static': [(K, Quantizer(**fp8))], 'FP8 dual': [(K, DualScale(**fp8, **TOKEN))],
+              'FP8 segments': [(a, Quantizer(**fp8, **TOKEN)), (K - a, Quantizer(**fp8, **TOKEN))]} | kinds(K)
+    weight = Quantizer('fp8e4m3' if w == 'FP8' else 'int4' if 'W4' in w else 'int8', axis=1, group=32 if 'groups' in w else None)
+    blocks = [min(size & -size, 256) for size, _ in inputs[kind]] if 'rotated' in kind else ()
+    return SegLinear.of(linear, Plan(inputs[kind], [N//4, N - N//4], weight, blocks), rows, smooth, rank), rows.to(dtype)
+
+
+def check_one(shape, kind, w, extra, path, dtype):
+    "What is wrong with a random layer"
+    q, x = made(shape, kind, w, extra, dtype)
+    name = f'BAD {path} {kind} {"×".join(map(str, shape))} {w} {extra} {dtype}'
+    if why := cuda_reason(q, 'sm_90a'): return '' if kind == 'weight only' and 'rotat' in why else f'{name}: no kernel: {why}'
+    if kind == 'weight only': path = 'cuda_16bit'
     ops._prepare(q, path)
-    x = rows.to(dtype)
-    try: y, again, right = q(x), q(x), q.integer(x)
-    except Exception as e: return f'BAD {path} {kind} {M}×{N}×{K} {w.dtype.value} {extra} {dtype}: {type(e).__name__} {e}'
+    try: y, again, third, right = q(x), q(x), q(x.clone()), q.integer(x)
+    except Exception as e: return f'{name}: {type(e).__name__} {e}'
     off = (y.double() - right.double()).abs()/right.double().abs().max()
-    # A value between two codes may go either way where it is multiplied with 1/s instead of divided by s.
-    most, mean = (4*CLOSE[dtype], CLOSE[dtype]) if smooth is None else (.2, .01)
-    if off.max() > most or off.mean() > mean or not y.isfinite().all() or not torch.equal(y, again) or y.dtype != dtype:
-        return (f'BAD {path} {kind} {M}×{N}×{K} {w.dtype.value} {extra} {dtype}: {off.max():.1e}, mean {off.mean():.1e}'
-                f'{"" if torch.equal(y, again) else ", not the same twice"}')
+    # A value between two codes may go either way where it is multiplied with 1/s instead of divided by s
+    most, mean = (4*CLOSE[dtype], CLOSE[dtype]) if q.smooth is None else (.2, .01)
+    if kind == 'weight only' or q.down is not None: most, mean = max(most, 4*2**-8), max(mean, 2**-8)  # a 16-bit product
+    if w == 'FP8': most, mean = max(most, 2e-3), max(mean, 1e-3)  # tensor cores add them up in fewer bits
+    same = torch.equal(y, again) and torch.equal(y, third)
+    if off.max() > most or off.mean() > mean or not y.isfinite().all() or not same or y.dtype != dtype:
+        return f'{name}: {off.max():.1e}, mean {off.mean():.1e}{"" if same else ", not the same again"}'
+    return ''
 
 
 def check_use():
@@ -101,6 +131,16 @@ def check_use():
     assert torch.equal(copy.deepcopy(q)(x), y), 'copy'
     there = copy.deepcopy(q).cpu().cuda()
     assert torch.equal(there(x), y), 'moved'
+    found = []
+
+    def work():
+        for i in range(40): found.append(torch.equal(q(x.roll(i, 0).contiguous()), y.roll(i, 0)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(found) == 320 and all(found), 'threads'
+    torch.library.opcheck(ops.linear_op, (x, *ops._tables(q), q.spec))
     torch._dynamo.reset()
     compiled = torch.compile(q, fullgraph=True, dynamic=True)
     with torch.no_grad():
@@ -109,7 +149,10 @@ def check_use():
             for n in (300, 64, 1024):
                 x = torch.randn(2, n, K, device=DEVICE, dtype=torch.bfloat16)
                 torch.testing.assert_close(compiled(x), q(x), atol=.02, rtol=.02)
-    print('graph, stream, copy, move, compile: right', flush=True)
+        torch._dynamo.reset()
+        compiled, x = torch.compile(q, fullgraph=True, mode='reduce-overhead'), torch.randn(300, K, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(4): torch.testing.assert_close(compiled(x), q(x), atol=.02, rtol=.02)
+    print('graph, stream, copy, move, threads, opcheck, compile: right', flush=True)
 
 
 def per_call(functions, replays=11, rest=.005):
@@ -150,17 +193,20 @@ def speed(model):
         row['us']['bf16'] = per_call([lambda x=x, l=l: l(x) for x, l in zip(xs, plain)])
         dual = 'GELU' in what or 'SiLU' in what or 'gelu' in what
         segments = [(3072, Quantizer(**TOKEN)), (12288, DualScale(**TOKEN))] if '|' in what else None
-        recipes = {'static': ([(K, Quantizer())], W8), 'per token': ([(K, Quantizer(**TOKEN))], W8), 'W4A8': ([(K, Quantizer(**TOKEN))], W4)}
+        token = [(K, Quantizer(**TOKEN))]
+        recipes = {'static': ([(K, Quantizer())], W8), 'per token': (token, W8), 'W4A8': (token, W4), 'W4A8 in groups': (token, Quantizer('int4', axis=1, group=64))}
+        if M <= 16: recipes |= {'W8A16': ([(K, Quantizer('bf16'))], W8), 'W4A16': ([(K, Quantizer('bf16'))], W4)}
+        else: recipes['FP8'] = [(K, Quantizer('fp8e4m3', **TOKEN))], Quantizer('fp8e4m3', axis=1)
         if dual: recipes['as planned'] = (segments or [(K, DualScale(**TOKEN))], W8)
         if M == 4096: recipes['rank 32'] = recipes['per token']
-        paths = ('cuda_sm80', 'cuda_sm90') if M <= 512 else ('cuda_sm90',)
+        paths = ('cuda_sm80', 'cuda_sm90') if 16 < M <= 512 else ('cuda_sm90',)
         for name, (inputs, w) in recipes.items():
             rank = (torch.randn(32, K, device=DEVICE)/K, torch.randn(N, 32, device=DEVICE)/32) if name == 'rank 32' else None
             rank = rank and tuple(t.bfloat16() for t in rank)
             layers = [SegLinear.of(l, Plan(inputs, [N], w), xs[0][:64], None, rank) for l in plain]
-            for path in paths:
+            for path in ('cuda_16bit',) if 'A16' in name else paths:
                 for q in layers: ops._prepare(q, path)
-                label = name if path == 'cuda_sm90' else f'{name}, sm80'
+                label = f'{name}, sm80' if path == 'cuda_sm80' else name
                 row['us'][label] = per_call([lambda x=x, q=q: q(x) for x, q in zip(xs, layers)])
         row['planned'] = 'as planned' if dual else 'per token'
         print(row, flush=True)
@@ -186,13 +232,16 @@ def small():
 def overheads():
     "Microseconds of the CPU per call, on a layer so small that the GPU waits"
     x, l = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16), nn.Linear(256, 256, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
-    result = {'bf16': overhead(lambda: l(x))}
-    for name, inputs in (('static', [(256, Quantizer())]), ('per token', [(256, Quantizer(**TOKEN))]), ('mixed', kinds(256)['mixed'])):
-        q = SegLinear.of(l, Plan(inputs, [256], W8), x)
+    result, few = {'bf16': overhead(lambda: l(x))}, x[:4].contiguous()
+    for name, inputs, w in (('static', [(256, Quantizer())], W8), ('per token', [(256, Quantizer(**TOKEN))], W8), ('mixed', kinds(256)['mixed'], W8),
+                            ('W4A8', [(256, Quantizer(**TOKEN))], W4)):
+        q = SegLinear.of(l, Plan(inputs, [256], w), x)
         use_kernels(q)
         result[name] = overhead(lambda: q(x))
-    compiled = torch.compile(q, fullgraph=True)
-    with torch.no_grad(): result['mixed, compiled'] = overhead(lambda: compiled(x))
+        if name in ('per token', 'W4A8'): result[f'{name}, 4 rows'] = overhead(lambda: q(few))
+        if name != 'mixed': continue
+        compiled = torch.compile(q, fullgraph=True)
+        with torch.no_grad(): result['mixed, compiled'] = overhead(lambda: compiled(x))
     return result
 
 
@@ -203,6 +252,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', help='results file')
     parser.add_argument('--only', nargs='*', default=['check', 'use', 'small', 'speed', 'overhead'])
+    parser.add_argument('--seconds', type=float, default=240, help='for the check')
     parser.add_argument('--models', nargs='*', default=['FLUX.1-dev'])
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -225,7 +275,7 @@ def main():
                 planned = sum(r['count']*r['us'][r['planned']] for r in rows)
                 print(f'{model}: all linears {sum(r["count"]*r["us"]["bf16"] for r in rows)/planned:.2f} × bf16, as planned', flush=True)
         keep()
-    if 'check' in args.only: result['check'] = check()
+    if 'check' in args.only: result['check'] = check(args.seconds)
     keep()
     if 'use' in args.only: check_use()
     sys.exit(bool(result.get('check', {}).get('wrong')))
