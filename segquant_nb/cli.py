@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['open_pipeline', 'compare_configs', 'demo', 'main']
 
-# %% ../nbs/57_cli.ipynb #d977271c
+# %% ../nbs/57_cli.ipynb #2c52d7fb
 import argparse
 import csv
 import io
 import os
+import re
 import sys
 import textwrap
 import time
@@ -81,7 +82,7 @@ def _csv(rows: list[dict]) -> str:
     writer.writerows(rows)
     return out.getvalue()
 
-# %% ../nbs/57_cli.ipynb #8cfea6c4
+# %% ../nbs/57_cli.ipynb #7bfd98e5
 def compare_configs(
     pipe,  # a diffusers pipeline; it stays as it is
     configs: list,  # see `read_config`
@@ -94,38 +95,48 @@ def compare_configs(
     **call,  # of the pipeline
 ) -> list:  # a Report for each configuration
     "Quantize in several ways, draw the same prompts, write pictures, numbers and a report"
-    from segquant_nb.config import read_config
+    from segquant_nb.config import finder, read_config
+    from segquant_nb.graph import denoiser
     from segquant_nb.metrics import side_by_side
     from segquant_nb.quantization import quantize_pipeline
     from segquant_nb.reporting import (report, report_numbers, save_report, try_prompts,
                                        write_whole)
-    configs = [read_config(config) for config in configs]
-    if len({c.name for c in configs}) < len(configs):
-        raise ValueError(f'{", ".join(c.name for c in configs)}: each can be compared only once.')
+    bars = sys.stderr.isatty()
+    configs = [finder(config, bars) or read_config(config) for config in configs]
+    labels = [getattr(config, 'name', repr(config)) for config in configs]
+    if len({*labels}) < len(labels):
+        raise ValueError(f'{", ".join(labels)}: each can be compared only once.')
     with _folder(Path(out)) as out:
+        print(f'{len(prompts)} pictures by the original, then by {", ".join(labels)}', flush=True)
         say = _clock()
         before = try_prompts(pipe, prompts, seed, **call)
         say(f'the original: {len(prompts)} pictures')
         reports = []
         for config in configs:
-            small = quantize_pipeline(pipe, calibrate, config, progress=sys.stderr.isatty(), **call)
-            say(f'{config.name}: quantized')
+            small = quantize_pipeline(pipe, calibrate, config, progress=bars, **call)
+            name = denoiser(small).quantization.explanation.config.name
+            say(f'{name}: quantized')
             reports.append(report(small, before, accuracy))
-            say(f'{config.name}: {len(prompts)} pictures')
+            say(f'{name}: {len(prompts)} pictures')
         rows = report_numbers(reports)
         files = {'numbers.md': _markdown(rows).encode(), 'numbers.csv': _csv(rows).encode()}
         titles = [textwrap.fill(prompt, 24) for prompt in prompts[:5]]
         for r in reports:
             drawing = io.BytesIO()
             side_by_side(before.images[:5], r.after.images[:5], titles).savefig(drawing, dpi=160)
-            files[f'{r.name}.png'] = drawing.getvalue()
+            files[_file(r.name)] = drawing.getvalue()
         for name, content in files.items(): write_whole(out/name, content)
         save_report(reports, out/'report.html', title)
         print(f'\n{_markdown(rows)}')
         for r in reports: print(f'{r.name}: {r.headline}')
         print(f'\nreport    {out/"report.html"}\nnumbers   {out/"numbers.md"}, {out/"numbers.csv"}')
-        print('pictures  ' + ', '.join(str(out/f'{r.name}.png') for r in reports))
+        print('pictures  ' + ', '.join(str(out/_file(r.name)) for r in reports))
     return reports
+
+
+def _file(name: str) -> str:
+    "auto-bits-5.png for auto, bits=5"
+    return '-'.join(re.findall(r'[\w.-]+', name)) + '.png'
 
 
 def _clock():
@@ -134,7 +145,7 @@ def _clock():
     def say(what): print(f'{time.perf_counter() - start:6.1f} s  {what}', flush=True)
     return say
 
-# %% ../nbs/57_cli.ipynb #77016939
+# %% ../nbs/57_cli.ipynb #1f878ba3
 def demo(
     out: str | Path = 'demo',  # folder for what it makes
     model: str = 'tiny-sd35',  # of the zoo
@@ -145,20 +156,29 @@ def demo(
     **call,  # of the pipeline, such as num_inference_steps
 ) -> list:  # a Report for each configuration
     "Quantize a pipeline of the zoo and write what became of its pictures"
-    import inspect
     from segquant_nb.reporting import prompt_accuracy
     from segquant_nb.scenes import caption, sample_scene
-    from segquant_nb.zoo import TEXT_LENGTH
     pipe = open_pipeline(model, device)
     scenes = [sample_scene(10**6 + i, held_out=True) for i in range(pictures)]
-    call = dict(height=64, width=64) | call
-    if 'max_sequence_length' in inspect.signature(pipe.__call__).parameters:
-        call = dict(max_sequence_length=TEXT_LENGTH) | call
-    return compare_configs(pipe, configs, [caption(sample_scene(i)) for i in range(8)],
-                           [caption(s) for s in scenes], out, f'{model} in fewer bits',
-                           prompt_accuracy(scenes), seed, **call)
+    return compare_configs(pipe, configs, _zoo_prompts(), [caption(s) for s in scenes], out,
+                           f'{model} in fewer bits', prompt_accuracy(scenes), seed,
+                           **_small_pictures(pipe) | call)
 
-# %% ../nbs/57_cli.ipynb #7666b31d
+
+def _zoo_prompts() -> list[str]:
+    "To calibrate on"
+    from segquant_nb.scenes import caption, sample_scene
+    return [caption(sample_scene(i)) for i in range(8)]
+
+
+def _small_pictures(pipe) -> dict:
+    "How a pipeline of the zoo is called"
+    import inspect
+    from segquant_nb.zoo import TEXT_LENGTH
+    long = 'max_sequence_length' in inspect.signature(pipe.__call__).parameters
+    return dict(height=64, width=64) | (dict(max_sequence_length=TEXT_LENGTH) if long else {})
+
+# %% ../nbs/57_cli.ipynb #1d54e0da
 def _parser() -> argparse.ArgumentParser:
     from segquant_nb import __version__
     about = 'Post-training quantization of diffusion models'
@@ -182,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
             option('--pictures', type=_count, default=24, help='how many to draw (default: 24)'),
             steps)
     configs = option('configs', nargs='*', metavar='config',
-                     help='presets or YAML files (default: w8a8 w4a8)')
+                     help='presets, YAML files, or auto:bits=5 (default: w8a8 w4a8)')
     command('report', _report, 'quantize a pipeline, draw prompts before and after; write '
             'pictures, a report and numbers', model, configs,
             option('--prompts', type=Path, metavar='FILE', help='one prompt a line: the last ones '
@@ -191,8 +211,11 @@ def _parser() -> argparse.ArgumentParser:
             option('--out', default='report', help='folder to write to (default: report)'),
             option('--seed', type=int, default=0, help='of the first picture (default: 0)'),
             option('--device', default='cpu', help='cpu, cuda, cuda:1, … (default: cpu)'), steps)
-    command('explain', _explain, 'say what a configuration would do to each layer; runs nothing',
-            model, option('config', nargs='?', help='a preset or a YAML file (default: w8a8)'))
+    command('explain', _explain, 'say what a configuration would do to each layer; runs nothing, '
+            'unless the configuration has to be found by measuring (auto:bits=5)', model,
+            option('config', nargs='?', help='a preset, a YAML file, or auto:bits=5 (default: '
+                   'w8a8)'), option('--prompts', type=Path, metavar='FILE', help='one a line, to '
+                                    'measure with (pipelines of the zoo have their own)'))
     command('doctor', _doctor, 'say which kernels work on this machine, and why others do not')
     return parser
 
@@ -207,21 +230,22 @@ def _count(text: str) -> int:
 def _steps(args) -> dict:
     return {} if args.steps is None else {'num_inference_steps': args.steps}
 
-# %% ../nbs/57_cli.ipynb #261ad3a6
+# %% ../nbs/57_cli.ipynb #a2ef9f9c
 def _demo(args): demo(args.out, args.model, pictures=args.pictures, **_steps(args))
 
 
 def _report(args):
-    from segquant_nb.config import read_config
+    from segquant_nb.config import finder, read_config
     from segquant_nb.zoo import FAMILIES
-    configs = [read_config(c) for c in args.configs or ('w8a8', 'w4a8')]
+    configs = [finder(c, sys.stderr.isatty()) or read_config(c)
+               for c in args.configs or ('w8a8', 'w4a8')]
     if args.prompts is None and args.model in FAMILIES:
         return demo(args.out, args.model, configs, args.pictures, args.seed, args.device,
                     **_steps(args))
     if args.prompts is None:
         raise ValueError(f'{args.model} needs prompts: name a file, one prompt a line, with '
                          '--prompts.')
-    lines = [p.strip() for p in args.prompts.read_text(encoding='utf-8').splitlines() if p.strip()]
+    lines = _lines(args.prompts)
     if len(lines) <= args.pictures:
         raise ValueError(f'{args.prompts} has {len(lines)} prompts: {args.pictures} are drawn, and '
                          'at least one more is needed to calibrate.')
@@ -230,10 +254,34 @@ def _report(args):
                     lines[-args.pictures:], args.out, title, seed=args.seed, **_steps(args))
 
 
+def _lines(path: Path) -> list[str]:
+    "Prompts"
+    try: text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise ValueError(f'{path} is no text in UTF-8.') from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _explain(args):
-    from segquant_nb.config import explain, read_config
-    config = read_config(args.config)
-    print(explain(open_pipeline(args.model), config))
+    from segquant_nb.config import explain, finder, read_config
+    from segquant_nb.zoo import FAMILIES
+    find = finder(args.config, sys.stderr.isatty())
+    config = read_config(args.config) if find is None else None
+    if find is not None and args.prompts is None and args.model not in FAMILIES:
+        raise ValueError(f'{args.config} is found by measuring {args.model}, and that needs '
+                         'prompts: name a file, one prompt a line, with --prompts.')
+    pipe = open_pipeline(args.model)
+    print(explain(pipe, config or _found(pipe, find, args)))
+
+
+def _found(pipe, find, args):
+    "The configuration that measuring finds"
+    from segquant_nb.graph import denoiser
+    from segquant_nb.quantization import calibrate_pipeline
+    prompts, call = _zoo_prompts(), _small_pictures(pipe)
+    if args.prompts is not None: prompts, call = _lines(args.prompts), {}
+    calib = calibrate_pipeline(pipe, prompts, progress=sys.stderr.isatty(), **call)
+    if hasattr(find, 'for_pipeline'): find = find.for_pipeline(pipe, prompts, **call)
+    return find(denoiser(pipe), calib)
 
 
 def _doctor(args):
@@ -272,7 +320,7 @@ def main(
         return 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError) as error:
         print(f'segquant: {_sentence(error)}', file=sys.stderr)
         return 2
     return 0
@@ -281,5 +329,9 @@ def main(
 def _sentence(error: Exception) -> str:
     "What went wrong, without the number of the error"
     if isinstance(error, OSError) and error.strerror:
-        return f'{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}.'
+        place = f'{error.filename}: ' if error.filename else ''
+        return f'{place}{error.strerror[0].lower()}{error.strerror[1:]}.'
     return str(error).strip().split('\n')[0]
+
+
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -4,28 +4,34 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Optimum', 'Calibrate', 'AlphaSearch', 'Improvement', 'Rounding', 'Tensors', 'LayerConfig', 'merge_config',
-           'Config', 'read_config', 'plan_layer', 'LayerPlan', 'Explanation', 'explain']
+           'Config', 'read_config', 'finder', 'plan_layer', 'LayerPlan', 'Explanation', 'explain', 'plan_folds',
+           'tell_fold']
 
-# %% ../nbs/50_config.ipynb #896af5da
+# %% ../nbs/50_config.ipynb #361a21c3
 import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from fnmatch import fnmatchcase
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 from torch import nn
 
 from .dualscale import DualScale
 from .formats import DType, Quantizer
-from .graph import LayerSemantics, SegPattern, Semantics, analyze, denoiser
+from .graph import (LayerSemantics, SegPattern, Semantics, analyze, as_call, denoiser,
+                               example_from_pipeline, record)
 from .lowrank import rank_for_bytes
 from .quartz import Quartz
 from .rotate import block_sizes
 from .seglinear import Plan, granules, plan_for
+from .smooth import Fold, check_folds, find_folds, sharing_groups
 
-# %% ../nbs/50_config.ipynb #c4e8a795
+# %% ../nbs/50_config.ipynb #3094161c
 class Optimum(Enum):
     "What is done to a weight before it is rounded"
     DEFAULT = 'default'  # nothing
@@ -67,6 +73,10 @@ class Improvement:
     low_rank: int = _within(64, 1)  # of the branch, for SVD
     search_alpha_config: AlphaSearch = AlphaSearch()
     rotate: int = _within(0, 0)  # columns that a Hadamard rotation mixes; 0: no rotation
+    fold: bool = False  # smoothed inputs are divided by the layer before, where it can
+
+    @property
+    def smooths(self) -> bool: return self.type is not Optimum.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ def _member(value, kind, where: str):
     raise ValueError(f'{where}={value!r} is not one of {", ".join(names)}.'
                      f'{_nearest(str(value).lower(), names)}')
 
-# %% ../nbs/50_config.ipynb #ff3d7c71
+# %% ../nbs/50_config.ipynb #1f4a0aa8
 @dataclass(frozen=True)
 class Config:
     "A default and its exceptions"
@@ -195,6 +205,7 @@ def read_config(
     name, config = 'config', 'w8a8' if config is None else config
     if isinstance(config, (str, Path)):
         name, config = Path(config).stem, _named(config)
+    if isinstance(config, dict) and 'auto' in config: config = _named('auto')
     if not isinstance(config, dict):
         raise TypeError(f'a configuration is a dict, the name of a preset or a YAML file, not '
                         f'{type(config).__name__}.')
@@ -203,6 +214,10 @@ def read_config(
     default = merge_config(LayerConfig(), base, 'default')
     odd = next((p for p in config if not isinstance(p, str)), None)
     if odd is not None: raise TypeError(f'{odd!r}: expected "default" or a pattern of names.')
+    inner = next((f.name for f in fields(LayerConfig) if f.name in config), None)
+    if inner is not None:
+        raise ValueError(f'{inner!r} is a field of a layer: put it under "default", or under a '
+                         'pattern of names.')
     patterns = [(p, merge_config(default, entry, p)) for p, entry in config.items()
                 if p != 'default']
     for where, entry in (('default', default), *patterns): _check_together(entry, where)
@@ -212,9 +227,9 @@ def read_config(
 def _named(config: str | Path) -> dict:
     "The dict of a preset, or what a YAML file says"
     if str(config) in PRESETS: return PRESETS[str(config)]
-    if str(config) == 'auto':
-        raise ValueError("'auto' wants a budget: config=segquant_nb.auto.Auto(bits=5), for "
-                         'example.')
+    if re.fullmatch('auto(:.*)?', str(config)):
+        raise ValueError(f'{str(config)!r} is found by measuring: give it to quantize or '
+                         'quantize_pipeline, or find it with Auto(bits=5)(model, calib_set) first.')
     path = Path(config)
     if path.suffix not in ('.yaml', '.yml'):
         raise ValueError(f'{str(config)!r} is no preset.{_nearest(config, PRESETS)} There are '
@@ -234,6 +249,8 @@ def _read_yaml(path: Path):
             twice = next((k for k in keys if keys.count(k) > 1), None)
             if twice is not None: raise yaml.YAMLError(f'{twice!r} is given twice')
             return super().construct_mapping(node, deep)
+    exponent = re.compile(r'[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$')  # YAML 1.1 wants a dot there
+    Loader.add_implicit_resolver('tag:yaml.org,2002:float', exponent, list('-+0123456789'))
     try: return yaml.load(path.read_text(encoding='utf-8'), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not YAML: {" ".join(str(e).split())}') from None
@@ -311,6 +328,34 @@ PRESETS |= {short: {'default': PRESETS[f'segquant-g-{short}']['default'] | chang
 }.items()}
 PRESETS['w8a8-dynamic'] = {'default': PRESETS['w8a8']['default'] | {'input_quant': _TOKEN}}
 
+# %% ../nbs/50_config.ipynb #5618deee
+def finder(
+    config,  # anything that `quantize` takes
+    progress: bool = True,  # show how far it is
+) -> Callable | None:  # (model, calibration set) → Config
+    "What finds a configuration by measuring, such as `Auto(bits=5)`; None: it can be read"
+    if callable(config) and not isinstance(config, type): return config
+    if isinstance(config, str) and re.fullmatch('auto(:.*)?', config):
+        config = {'auto': _auto_fields(config)}
+    elif isinstance(config, (str, Path)) and str(config) not in PRESETS: config = _named(config)
+    if not isinstance(config, dict) or 'auto' not in config: return None
+    if len(config) > 1:
+        other = next(str(k) for k in config if k != 'auto')
+        raise ValueError(f'auto chooses for every layer: leave {other!r} out.')
+    module = import_module('segquant_nb.auto')  # a floor above: on the way only if asked for
+    return replace(module.auto_from(config['auto']), progress=progress)
+
+
+def _auto_fields(text: str) -> dict:
+    "bits=5 of auto:bits=5; nothing of auto, which is five bits"
+    found = {}
+    for piece in filter(None, text.removeprefix('auto').removeprefix(':').split(',')):
+        key, _, value = (t.strip() for t in piece.partition('='))
+        try: found[key] = float(value)
+        except ValueError:
+            raise ValueError(f'{text!r}: expected a budget such as auto:bits=5.') from None
+    return found
+
 # %% ../nbs/50_config.ipynb #58ea4130
 def plan_layer(
     layer: nn.Linear,
@@ -325,7 +370,7 @@ def plan_layer(
     if not config.opt.rotate: return plan
     return replace(plan, blocks=block_sizes(plan, config.opt.rotate))
 
-# %% ../nbs/50_config.ipynb #d95b67a7
+# %% ../nbs/50_config.ipynb #fa032246
 @dataclass
 class LayerPlan:
     "What would become of one layer"
@@ -336,6 +381,10 @@ class LayerPlan:
     before: int  # bytes in 16 bits
     after: int
     rank: int = 0  # of the low-rank branch
+    fold: str = ''  # where the division by smoothing factors goes; '': into the layer itself
+
+    @property
+    def smooths(self) -> bool: return self.plan is not None and self.config.opt.smooths
 
 
 @dataclass
@@ -346,6 +395,7 @@ class Explanation:
     layers: list[LayerPlan]
     remarks: list[str]
     other: int  # bytes of parameters outside these layers, in 16 bits
+    folds: tuple[Fold, ...] = ()  # that will be made, see `opt.fold`
 
     @property
     def bytes_before(self) -> int: return sum(l.before for l in self.layers)
@@ -395,9 +445,10 @@ def _said(l: LayerPlan) -> tuple[str, ...]:
             last = size
         return '+'.join(f'{n}×{size}' if n > 1 else str(size) for size, n in parts)
     x, w, opt = l.plan.quantizers, l.plan.weight, l.config.opt
+    fold = re.sub(r'\.\d+(?![^., ;])', '.*', l.fold)
     kinds = ' | '.join(dict.fromkeys(repr(q).replace(', not fitted', '') for q in x))
     steps = [s for s, on in (
-        ('rotate', opt.rotate), ('smooth', opt.type is not Optimum.DEFAULT),
+        ('rotate', opt.rotate), (f'smooth{fold and f" ({fold})"}', opt.smooths),
         (f'rank {l.rank}', l.rank), ('gptq', l.config.calib.type is Calibrate.GPTQ)) if on]
     grouped = f' in groups of {w.group}' if w.group else ''
     scales = 'per channel' if w.axis is not None else 'per segment'
@@ -412,9 +463,9 @@ def explain(
     example=None,  # inputs of the model, see `analyze`
 ) -> Explanation:
     "What would happen to each layer, and why; nothing is run but one trace"
-    config = read_config(config)
+    config, pipe = read_config(config), None if isinstance(model, nn.Module) else model
     if semantics is None: semantics = analyze(model, example=example)
-    model = model if isinstance(model, nn.Module) else denoiser(model)
+    model = model if pipe is None else denoiser(pipe)
     found = {name: layer for name, layer in model.named_modules() if name in semantics
              or isinstance(layer, nn.Linear)}
     inside = {part for layer in found.values() for part in layer.modules()}
@@ -425,7 +476,16 @@ def explain(
         counted |= own
         layers.append(_explain_layer(name, layer, config.of(name), semantics.get(name),
                                      2*sum(p.numel() for p in own)))
-    return Explanation(type(model).__name__, config, layers, config.remarks(found), other)
+    remarks, folds = config.remarks(found), []
+    wanted = [l for l in layers if l.smooths and l.config.opt.fold]
+    if wanted and example is None and pipe is not None: example = example_from_pipeline(pipe)
+    if wanted and example is None:
+        remarks.append('opt.fold: whether a fold holds is found out by trying it, and there is no '
+                       'example of inputs to try it with.')
+    elif wanted: folds = plan_folds(model, layers, semantics, as_call(example))
+    for l in wanted: tell_fold(l, folds)
+    return Explanation(type(model).__name__, config, layers, remarks, other,
+                       tuple(f for f in folds if f.into))
 
 
 def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
@@ -436,6 +496,7 @@ def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
         (not isinstance(layer, nn.Linear), f'{kind.__name__}: only linear layers are quantized'),
         (getattr(kind, 'forward', None) is not nn.Linear.forward,
          f'{kind.__name__}: its forward is not that of nn.Linear'),
+        ('forward' in vars(layer), 'its forward was replaced, by a hook for example'),
         (not config.enable, 'enable is False'),
         (x.is_passthrough and w.is_passthrough, 'both formats are 16-bit')) if wrong), '')
     if why: return LayerPlan(name, config, None, why, before, before)
@@ -443,7 +504,7 @@ def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
     n, k = layer.weight.shape
     stored = 4 if w.is_int and w.bits <= 4 else max(w.bits, 8)
     scales = 4*n*(len(granules(plan)) - 1)*(1 if config.weight_quant.symmetric else 2)
-    smooth = 4*k*(config.opt.type is not Optimum.DEFAULT)
+    smooth = 4*k*config.opt.smooths
     low_rank = config.opt.low_rank if config.opt.type is Optimum.SVD else 0
     room = n*k*stored//8 - smooth - (scales - 4*n)  # at most what twice the bits take
     rank = min(low_rank, rank_for_bytes(plan, max(room, 0)))
@@ -451,3 +512,45 @@ def _explain_layer(name: str, layer: nn.Module, config: LayerConfig,
     after += 2*n*(layer.bias is not None)
     note = '' if semantics is not None and semantics.seen else 'not seen by the graph: no segments'
     return LayerPlan(name, config, plan, note, before, after, rank)
+
+# %% ../nbs/50_config.ipynb #eec97082
+def plan_folds(
+    model: nn.Module,
+    layers: Iterable[LayerPlan],  # of all its layers
+    semantics: Semantics,
+    call: tuple,  # (args, kwargs) to try with
+) -> list[Fold]:  # checked; those that cannot be made say why
+    "Which layers before others can divide what these read"
+    planned = {l.name: l for l in layers}
+    folds = check_folds(model, find_folds(model, semantics, record(model, *call)), *call)
+    for names in sharing_groups(semantics, folds):
+        reason = _why_apart([planned[n] for n in names])
+        folds = [replace(f, into=(), reason=reason) if reason and f.into and f.layers[0][0] in names
+                 else f for f in folds]
+    return folds
+
+
+def _why_apart(layers: list[LayerPlan]) -> str:
+    "Why layers cannot be smoothed by one vector, if they cannot"
+    for l in layers:
+        if not l.smooths or not l.config.opt.fold:
+            return f'{l.name} reads it and is not {"folded" if l.smooths else "smoothed"}'
+        if (l.config.opt, l.plan.in_sizes) != (layers[0].config.opt, layers[0].plan.in_sizes):
+            return f'{layers[0].name} and {l.name} read it and are not smoothed alike'
+    return ''
+
+
+def tell_fold(
+    layer: LayerPlan,  # its text and its bytes change
+    folds: Iterable[Fold],
+):
+    "What becomes of the division by smoothing factors"
+    mine = [f for f in folds if layer.name in dict(f.layers)]
+    said, columns = {}, sum(f.size for f in mine if f.into)
+    for f in mine:
+        makers = dict.fromkeys(row.parameter.rpartition('.')[0] for row in f.into)
+        text = f'folded into {", ".join(makers)}' if f.into else f'not folded: {f.reason}'
+        said[text] = said.get(text, 0) + f.size
+    counted = [f'{n} columns {text}' if len(said) > 1 else text for text, n in said.items()]
+    layer.fold = '; '.join(counted) or 'not folded: there was nothing to try it with'
+    if columns == sum(layer.plan.in_sizes): layer.after -= 4*columns

@@ -41,7 +41,7 @@ def output_error(
     e = weight.double() - other.double()
     return ((e @ hessian.to(e))*e).sum(1)/2
 
-# %% ../nbs/31_gptq.ipynb #f61edb30
+# %% ../nbs/31_gptq.ipynb #2028e171
 def inverse_factor(
     hessian: Tensor,  # (K, K) mean of 2·x xᵀ, or the sum
     percdamp: float = .01,  # part of the mean of the diagonal to add; ×10 until that is enough
@@ -59,8 +59,11 @@ def inverse_factor(
         lower, failed = torch.linalg.cholesky_ex(backwards)
         if not failed: break
         damp, missing = 10*damp, 9*damp
-    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    del backwards, diagonal  # of a layer with many channels each of these is gigabytes
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
 
 
 def _check_hessian(hessian: Tensor, columns: int | None = None):

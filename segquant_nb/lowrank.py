@@ -15,7 +15,7 @@ from .formats import check_finite
 from .gptq import _check_hessian, inverse_factor, output_error, weight_values
 from .seglinear import EncodedWeight, Plan, _check_sizes, quantize_weight
 
-# %% ../nbs/32_svd.ipynb #94a7d207
+# %% ../nbs/32_svd.ipynb #1b3d09a6
 def random_svd(
     matrix: Tensor,  # (N, K)
     rank: int,
@@ -24,9 +24,9 @@ def random_svd(
     passes: int = 4,  # multiplications by the matrix and its transpose
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, r), (r,) and (r, K), as torch.linalg.svd gives them
     "The largest singular values and their vectors, nearly; same seed, same result"
-    generator = torch.Generator(matrix.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
     start = torch.randn(matrix.shape[1], min(rank + spare, *matrix.shape), generator=generator,
-                        dtype=matrix.dtype, device=matrix.device)
+                        dtype=matrix.dtype).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(passes):
         basis = torch.linalg.qr(matrix.T @ basis).Q

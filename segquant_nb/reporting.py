@@ -35,7 +35,7 @@ from .scenes import Scene
 from .seglinear import SegLinear
 from .zoo import generate
 
-# %% ../nbs/55_report.ipynb #33b26c30
+# %% ../nbs/55_report.ipynb #86dfed3b
 @dataclass(frozen=True, eq=False)
 class Trial:
     "What a pipeline made of prompts"
@@ -46,6 +46,7 @@ class Trial:
     latents: Tensor  # (B, steps, …)
     seconds: float  # in all
     threads: int  # that PyTorch had
+    gpu: str = ''  # that drew them
 
     def __repr__(self):
         height, width = self.images.shape[-2:]
@@ -69,7 +70,9 @@ def try_prompts(
     images = generate(pipe, prompts, seed, callback_on_step_end=keep, **options).cpu()
     seconds = time.perf_counter() - start
     latents = torch.cat([torch.stack(steps, 1) for steps in batches])
-    return Trial(list(prompts), seed, options, images, latents, seconds, torch.get_num_threads())
+    gpu = torch.cuda.get_device_name(pipe.device) if pipe.device.type == 'cuda' else ''
+    return Trial(list(prompts), seed, options, images, latents, seconds, torch.get_num_threads(),
+                 gpu)
 
 # %% ../nbs/55_report.ipynb #405ce494
 def prompt_accuracy(
@@ -81,7 +84,7 @@ def prompt_accuracy(
         return torch.stack(list(ask(seeing, images, scenes).values())).nanmean(0)
     return accuracy
 
-# %% ../nbs/55_report.ipynb #75d3a267
+# %% ../nbs/55_report.ipynb #23122f97
 @dataclass(frozen=True)
 class LayerReport:
     "One quantized layer"
@@ -96,6 +99,7 @@ class LayerReport:
     after: int
     floats: int  # of these bytes: bias and low-rank branch, which are not quantized
     error: float  # of its outputs, relative
+    fold: str = ''  # where the division of smoothed inputs went, or why it stays; '': not asked for
 
     @property
     def decibels(self) -> float:
@@ -110,12 +114,13 @@ class Kept:
     reason: str
     bytes: int  # in 16 bits
 
-# %% ../nbs/55_report.ipynb #573ac08d
+# %% ../nbs/55_report.ipynb #00dc04b1
 def describe_layer(
     name: str,
     layer: SegLinear,
     before: int,  # bytes in 16 bits
     error: float,  # of its outputs, relative
+    fold: str = '',  # see `LayerPlan`
 ) -> LayerReport:
     "What there is to say about a layer"
     dual = [isinstance(q, DualScale) for q in layer.plan.quantizers]
@@ -129,8 +134,8 @@ def describe_layer(
     return LayerReport(name, f'{_runs(layer.plan.in_sizes)} → {_runs(layer.plan.outputs)}',
                        f'two scales{counted}' if any(dual) else 'one scale',
                        ' | '.join(dict.fromkeys(map(_recipe, layer.quantizers))),
-                       _recipe(layer.plan.weight) + _improved(layer), kernel, why, before,
-                       codes + floats, floats, error)
+                       _recipe(layer.plan.weight) + _improved(layer, fold), kernel, why, before,
+                       codes + floats, floats, error, fold)
 
 
 def _runs(sizes: tuple) -> str:
@@ -150,13 +155,14 @@ def _recipe(quantizer) -> str:
     return ', '.join(part for part in inside.split(', ') if part not in drop)
 
 
-def _improved(layer: SegLinear) -> str:
+def _improved(layer: SegLinear, fold: str) -> str:
     "What was done to its weight"
-    steps = (('rotated', layer.plan.blocks), ('smoothed', layer.smooth is not None))
+    steps = (('rotated', layer.plan.blocks), ('smoothed', layer.smooth is not None),
+             ('smoothed by the layer before', 'folded' in fold.replace('not folded', '')))
     rank = [] if layer.down is None else [f'rank {len(layer.down)}']
     return ''.join(f', {step}' for step in [*(s for s, done in steps if done), *rank])
 
-# %% ../nbs/55_report.ipynb #c3dcaea0
+# %% ../nbs/55_report.ipynb #d752e160
 @dataclass(eq=False)
 class Report:
     "What was done to a model, and what it costs"
@@ -169,6 +175,7 @@ class Report:
     before: Trial | None = None
     after: Trial | None = None
     accuracy: tuple[Tensor, Tensor] | None = None  # (B,) each, of before and after
+    judged: str = 'on the inputs that calibration kept'  # where errors of layers were measured
 
     @property
     def bytes_before(self) -> int:
@@ -208,19 +215,20 @@ class Report:
 
     def _repr_html_(self): return _notebook_html(self)
 
-# %% ../nbs/55_report.ipynb #5fde951a
+# %% ../nbs/55_report.ipynb #bc547835
 _LOOKS = ((45, 'hardly anybody can tell the pictures apart'), (30, 'pictures differ a little'),
           (-math.inf, 'pictures differ so that anybody sees it'))
 
 
 def _headline(r: Report) -> list[tuple[str, str]]:
     "Size, error, prompt accuracy: in words, and as numbers"
+    if not r.layers: return [('nothing is quantized', f'{len(r.kept)} layers stay as they were')]
     saved = 1 - r.bytes_after/r.bytes_before
     size = f'{_percent(abs(saved), 0)} {"less" if saved >= 0 else "MORE"} memory for the layers'
     said = [(size, f'{_size(r.bytes_after)} after {_size(r.bytes_before)}')]
     if r.before is None:
-        worst = max(r.layers, key=lambda l: l.error)
-        return [*said, ('the outputs of layers are a little off',
+        worst = _worst(r.layers)[0]
+        return [*said, (f'the outputs of layers are {_off(worst.error)} off',
                         f'by {_percent(worst.error)} at most, {worst.name}')]
     decibels = r.likeness[0]
     number = 'pictures are equal' if math.isinf(decibels) else f'pictures at {decibels:.1f} dB'
@@ -234,6 +242,15 @@ def _headline(r: Report) -> list[tuple[str, str]]:
     return [*said, (f'prompts are followed {words}{tell}', number)]
 
 
+def _worst(layers: list[LayerReport], most: int = 1) -> list[LayerReport]:
+    "Those with the largest errors; one that is not a number comes first"
+    return sorted(layers, key=lambda l: math.inf if math.isnan(l.error) else l.error)[::-1][:most]
+
+
+def _off(error: float) -> str:
+    return 'a little' if error < .05 else 'clearly' if error < .5 else 'far'
+
+
 def _percent(value: float, digits: int = 1) -> str: return f'{100*float(value):.{digits}f} %'
 
 
@@ -243,7 +260,7 @@ def _size(count: float) -> str:
         if count >= size: return f'{count/size:.{1 if count >= 10*size else 2}f} {unit}'
     return f'{count:.0f} bytes'
 
-# %% ../nbs/55_report.ipynb #11ba023b
+# %% ../nbs/55_report.ipynb #803d3f8f
 def _stays(r: Report) -> list[str]:
     "What is not quantized, or not fast"
     total, said, reasons = len(r.names), [], {}
@@ -252,14 +269,17 @@ def _stays(r: Report) -> list[str]:
         names = ', '.join(k.name for k in some[:3]) + ', …'*(len(some) > 3)
         said.append(f'{len(some)} of {total} layers not quantized, '
                     f'{_size(sum(k.bytes for k in some))}: {names} ({reason})')
-    if not r.kept: said.append(f'all {total} layers quantized')
-    said.append(f'in 16 bits inside of quantized layers: biases and low-rank branches, '
-                f'{_size(sum(l.floats for l in r.layers))} of {_size(r.bytes_after)}')
+    if not r.kept: said.append(f'all {total} layers are quantized' if total > 1 else
+                           'the only layer is quantized')
+    if r.layers:
+        said.append('in 16 bits inside of quantized layers: biases and low-rank branches, '
+                    f'{_size(sum(l.floats for l in r.layers))} of {_size(r.bytes_after)}')
     if outside := [k for k in r.outside if k.bytes]:
         said.append(f'not touched: {", ".join(f"{k.name} {_size(k.bytes)}" for k in outside)}')
     slow = {}
     for l in r.layers:
         if l.kernel == 'emulation': slow.setdefault(l.why, []).append(l)
+    if r.judged.startswith('too small'): said.append(f'errors of layers are {r.judged}')
     said += [f'{len(some)} of {total} layers run emulated, slower than 16 bits: {why}'
              for why, some in slow.items()]
     return said
@@ -277,7 +297,7 @@ def _folded(r: Report) -> list[tuple[str, ...]]:
         groups.setdefault((key, *shown), []).append(l)
     rows = []
     for (key, *shown), some in groups.items():
-        worst = max(some, key=lambda l: l.error)
+        worst = _worst(some)[0]
         sizes = [_size(sum(sizes)) for sizes in zip(*((l.before, l.after) for l in some))]
         rows.append((f'{len(some)} × {key}', _percent(worst.error, 2), f'{worst.decibels:.1f} dB',
                      *shown, ' → '.join(sizes)))
@@ -305,7 +325,7 @@ def _figure_url(figure) -> str:
     figure.savefig(out, format='png', dpi=80, metadata={'Software': None})
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/55_report.ipynb #4832ab96
+# %% ../nbs/55_report.ipynb #31f77c36
 def report(
     quantized,  # a model from `quantize`, or a pipeline from `quantize_pipeline`
     before: Trial | None = None,  # what the original pipeline makes of prompts
@@ -314,7 +334,11 @@ def report(
 ) -> Report:
     "Look at a quantized model, and try the prompts again if there are any"
     pipe = None if isinstance(quantized, nn.Module) else quantized
+    if pipe is not None and not hasattr(pipe, 'components'):
+        raise TypeError(f'expected a model or a pipeline, got a {type(pipe).__name__}: give report '
+                        'what quantize or quantize_pipeline returns.')
     model = quantized if pipe is None else denoiser(pipe)
+    model = getattr(model, '_orig_mod', model)  # of a compiled one what it was
     outcome = getattr(model, 'quantization', None)
     if not isinstance(outcome, Outcome):
         raise ValueError(f'this {type(model).__name__} has not been quantized: give report what '
@@ -325,8 +349,8 @@ def report(
     if accuracy is not None and before is None:
         raise ValueError('accuracy is about pictures: give report what try_prompts returns, too.')
     plan, parts = outcome.explanation, {} if pipe is None else pipe.components
-    layers = [describe_layer(l.name, model.get_submodule(l.name), l.before, outcome.errors[l.name])
-              for l in plan.layers if l.name in outcome.errors]
+    layers = [describe_layer(l.name, model.get_submodule(l.name), l.before, outcome.errors[l.name],
+                             l.fold) for l in plan.layers if l.name in outcome.errors]
     kept = [Kept(l.name, l.reason, l.before) for l in plan.layers if l.name not in outcome.errors]
     outside = [Kept('parameters outside of layers', 'norms, embeddings', plan.other)]
     outside += [Kept(n, 'not the denoiser', 2*sum(p.numel() for p in part.parameters()))
@@ -334,7 +358,7 @@ def report(
     after = before and try_prompts(pipe, before.prompts, before.seed, **before.options)
     scores = accuracy and tuple(_scores(accuracy, t.images) for t in (before, after))
     return Report(name or plan.config.name, plan.model, [l.name for l in plan.layers], layers, kept,
-                  outside, before, after, scores)
+                  outside, before, after, scores, outcome.judged)
 
 
 def _scores(accuracy: Callable, images: Tensor) -> Tensor:
@@ -385,7 +409,7 @@ def _several(reports: Report | list[Report]) -> list[Report]:
                          'same `before` to each call of report.')
     return reports
 
-# %% ../nbs/55_report.ipynb #efd90fd4
+# %% ../nbs/55_report.ipynb #8e8deae5
 _COLORS = ('#c2410c', '#2563eb', '#0f766e', '#9333ea', '#a16207')
 
 
@@ -420,7 +444,7 @@ class _Frame:
         return self.left + part*(self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
-        value = min(max(value, self.low), self.high)
+        value = self.high if math.isnan(value) else min(max(value, self.low), self.high)
         part = math.log(value/self.low)/math.log(self.high/self.low)
         return self.height - self.bottom - part*(self.height - self.top - self.bottom)
 
@@ -437,7 +461,7 @@ class _Frame:
 
 def _frame(width: int, height: int, values: list[float], **more) -> _Frame:
     "Room for all values"
-    values = [v for v in values if v > 0] or [1.]
+    values = [v for v in values if 0 < v < math.inf] or [1.]
     return _Frame(width, height, min(values)/1.25, max(values)*1.25, **more)
 
 # %% ../nbs/55_report.ipynb #d5dd49d3
@@ -560,15 +584,17 @@ def _picture(image: Tensor, name: str, said: str, alt: str, color: int | None = 
     label = f'<span>{dot}{escape(name)} <small>{said}</small></span>' if name else ''
     return f'<div>{label}<img src="{_picture_url(image)}" alt="{escape(alt)}"></div>'
 
-# %% ../nbs/55_report.ipynb #e538f69e
+# %% ../nbs/55_report.ipynb #dec2303c
 def _cards(r: Report, color: int) -> str:
     "Size, pictures, prompts, and what is not quantized"
-    share = r.bytes_after/r.bytes_before
+    share = r.bytes_after/max(r.bytes_before, 1)
+    floats = sum(l.floats for l in r.layers)
+    inside = f'; {_size(floats)} of it are biases and low-rank branches' if (
+        floats > .1*r.bytes_after) else ''
     cards = [(_percent(share, 0), 'of the size', f'{_size(r.bytes_after)} instead of '
-              f'{_size(r.bytes_before)} for the layers, counted in 16 bits')]
+              f'{_size(r.bytes_before)} for the layers, counted in 16 bits{inside}')]
     if r.before is None:
-        worst = max(r.layers, key=lambda l: l.error)
-        cards.append((_percent(worst.error), 'largest error of a layer', worst.name))
+        cards += [(_percent(l.error), 'largest error of a layer', l.name) for l in _worst(r.layers)]
     else:
         mean, low, high = r.likeness
         number = 'equal' if math.isinf(mean) else f'{mean:.1f} dB'
@@ -580,6 +606,10 @@ def _cards(r: Report, color: int) -> str:
         cards.append((_percent(has.mean()), 'of what prompts ask for',
                       f'{_percent(had.mean())} before: a change of {change:+.1f} points, 95 % '
                       f'interval {low:+.1f} to {high:+.1f}'))
+    if r.before is not None:
+        took, takes = (t.seconds/len(t.prompts) for t in (r.before, r.after))
+        cards.append((f'{takes:.2f} s', 'for a picture, here', f'{took:.2f} s before; on '
+                      f'{_machine(r.after)}'))
     stays, slow = len(r.kept), sum(l.kernel == 'emulation' for l in r.layers)
     emulated = f'; {slow} run emulated, slower than 16 bits' if slow else ''
     cards.append((f'{stays} of {len(r.names)}', 'layers not quantized',
@@ -590,6 +620,11 @@ def _cards(r: Report, color: int) -> str:
     words = escape(words[0].upper() + words[1:])
     return (f'<h2 class="model">{_mark(r, color)}</h2><p class="lead">{words}</p>'
             f'<div class="numbers">{body}</div>')
+
+
+def _machine(t: Trial) -> str:
+    "Where pictures were drawn"
+    return t.gpu or f'{platform.machine()} with {t.threads} thread{"s"*(t.threads > 1)}'
 
 
 def _mark(r: Report, color: int) -> str:
@@ -609,9 +644,8 @@ def _where(reports: list[Report]) -> str:
     "Where the error arises: on the way, and in which layers"
     said = ''
     for i, r in enumerate(reports):
-        worst = sorted(r.layers, key=lambda l: -l.error)[:3]
-        names = ', '.join(f'{l.name} {_percent(l.error)}' for l in worst)
-        said += f'<li>{_mark(r, i)}: {escape(names)}</li>'
+        names = ', '.join(f'{l.name} {_percent(l.error)}' for l in _worst(r.layers, 3))
+        said += f'<li>{_mark(r, i)}: {escape(names or "nothing is quantized")}</li>'
     way = '' if reports[0].before is None else (
         '<p>Step by step: how far the picture in the making is from the original, on average, and '
         'from the best picture to the worst.</p>' + _drawing(draw_trajectory, reports))
@@ -620,7 +654,7 @@ def _where(reports: list[Report]) -> str:
             'quantized.</p>' + _drawing(draw_layers, reports) + '<p>The largest errors:</p><ul>'
             + said + '</ul></section>')
 
-# %% ../nbs/55_report.ipynb #66ac41e5
+# %% ../nbs/55_report.ipynb #b5d9d934
 def _not_quantized(reports: list[Report]) -> str:
     "The other side"
     said, lists = {}, ''
@@ -637,7 +671,7 @@ def _not_quantized(reports: list[Report]) -> str:
 
 def _all_layers(r: Report) -> str:
     "The long table"
-    most = max(l.error for l in r.layers)
+    most = max([l.error for l in r.layers if math.isfinite(l.error)], default=0) or 1
     quantized, kept = {l.name: l for l in r.layers}, {k.name: k for k in r.kept}
     rows = ''
     for name in r.names:
@@ -647,8 +681,9 @@ def _all_layers(r: Report) -> str:
                      f'{escape(k.reason)}<td>{_size(k.bytes)}</tr>')
             continue
         l = quantized[name]
-        cells = ''.join(f'<td>{escape(c)}' for c in (l.segments, l.polarity, l.inputs, l.weight))
-        rows += (f'<tr><td>{escape(name)}<td class="bar" style="--w:{l.error/most:.0%}">'
+        cells = ''.join(f'<td>{escape(c)}' for c in (l.segments, l.polarity, l.inputs))
+        cells += f'<td title="{escape(l.fold)}">{escape(l.weight)}'
+        rows += (f'<tr><td>{escape(name)}<td class="bar" style="--w:{_bar(l.error/most)}">'
                  f'{_percent(l.error, 2)}<td>{l.decibels:.1f} dB{cells}<td title="{escape(l.why)}">'
                  f'{l.kernel}<td>{_size(l.before)} → {_size(l.after)}</tr>')
     head = ''.join(f'<th>{t}' for t in ('layer', *_TITLES[1:]))
@@ -658,29 +693,37 @@ def _all_layers(r: Report) -> str:
             f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div></details>')
 
 
+def _bar(share: float) -> str: return f'{share:.0%}' if math.isfinite(share) else '100%'
+
+
 def _kernels(r: Report) -> list[str]:
     "How many layers each kernel runs, and what is to be said about that"
     counts = Counter((l.kernel, l.why) for l in r.layers)
-    return [f'{count} × {kernel}' + (f': {why}' if why else '')
-            for (kernel, why), count in counts.most_common()]
+    ran = [f'{count} × {kernel}' + (f': {why}' if why else '')
+           for (kernel, why), count in counts.most_common()]
+    folds = Counter(re.sub(r'folded into .*?(?=;|$)', 'by the layer before', l.fold)
+                    for l in r.layers if l.fold)
+    return ran + [f'{count} × divided {how}' if how.startswith('by') else
+                  f'{count} × smoothing: {how}' for how, count in folds.most_common()]
 
 
 def _method(reports: list[Report]) -> str:
     "What a skeptic wants to know"
     said, t = '', reports[0].before
+    judged = '; '.join(dict.fromkeys(escape(r.judged) for r in reports))
     if t is not None:
         times = [('original', t), *((r.name, r.after) for r in reports)]
         took = ', '.join(f'{name} {t.seconds/len(t.prompts):.2f} s' for name, t in times)
         said = (f'{len(t.prompts)} prompts, {t.latents.shape[1]} steps, seeds {t.seed} to '
                 f'{t.seed + len(t.prompts) - 1}, the same for every model. A picture took here, on '
-                f'{platform.machine()} with {t.threads} thread{"s"*(t.threads > 1)}: {took}. ')
+                f'{_machine(t)}: {took}. ')
     return (f'<footer><p>{escape(said)}Decibels of a picture are its peak signal-to-noise ratio to '
             'the original; above 45 hardly anybody sees a difference, below 30 everybody does. '
-            'Errors of layers are those of their outputs on the inputs that calibration kept, '
-            f'relative to these outputs.</p><p>Made by segquant_nb {__version__}, PyTorch '
+            f'Errors of layers are those of their outputs, relative to these outputs: {judged}.</p>'
+            f'<p>Made by segquant_nb {__version__}, PyTorch '
             f'{escape(torch.__version__)}.</p></footer>')
 
-# %% ../nbs/55_report.ipynb #cd5afe30
+# %% ../nbs/55_report.ipynb #73af30a0
 _STYLE = """
 :root { color-scheme: light dark; --bg: #faf9f7; --ink: #1c1917; --soft: #57534e; --line: #e3e0dc;
   --card: #fff; --warn: #b45309; --warn-bg: #fff8ec; --c0: #c2410c; --c1: #2563eb; --c2: #0f766e;
@@ -701,7 +744,7 @@ p { margin: 0 0 1rem; max-width: 46rem; } section > p, footer { color: var(--sof
 .lead { font-size: 1.12rem; margin-bottom: .8rem; } section { margin-top: 3.2rem; }
 i { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .4em; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr));
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr));
   gap: .8rem; }
 .number { padding: 1rem 1.1rem; display: flex; flex-direction: column; }
 .number b { font-size: 2rem; line-height: 1.15; letter-spacing: -.02em; font-weight: 650; }
@@ -774,6 +817,7 @@ def save_report(
     "Write a report to one file, all of it or nothing"
     path, page = Path(path), report_page(reports, title)
     if path.suffix != '.html': raise ValueError(f'{path}: expected a name that ends in .html.')
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode())
     return path
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from segquant_nb.cli import main, open_pipeline
+from segquant_nb.config import Config, read_config
 
 SMALL = ['--pictures', '2', '--steps', '2']
 
@@ -79,6 +80,22 @@ def test_explain_and_doctor_print_a_table(capsys):
     assert status == 0 and 'cpu_int8' in said and 'emulation' in said
 
 
+def test_auto_measures_and_then_goes_on_like_the_others(tmp_path, capsys, monkeypatch):
+    seen = []
+    def quick(self, model, calib_set):
+        seen.append((type(model).__name__, len(calib_set), self.bits, self.progress))
+        return Config(read_config({'default': {'enable': False}}).default, (('proj_out', read_config('fp8').default),), f'auto, bits={self.bits:g}')
+    monkeypatch.setattr('segquant_nb.auto.Auto.__call__', quick)
+    status, said, err = run(capsys, 'report', 'tiny-sd35', 'auto:bits=5', '--out', str(tmp_path/'out'), *SMALL)
+    assert status == 0, err
+    assert {p.name for p in (tmp_path/'out').glob('*.png')} == {'auto-bits-5.png'} and 'auto, bits=5: quantized' in said
+    (tmp_path/'small.yaml').write_text('auto: {bits: 4.5}\n')
+    status, said, _ = run(capsys, 'explain', 'tiny-sd35', str(tmp_path/'small.yaml'))
+    assert status == 0 and said.startswith('SD3Transformer2DModel with auto, bits=4.5')
+    assert [s[:1] + s[2:] for s in seen] == [('SD3Transformer2DModel', 5., False), ('SD3Transformer2DModel', 4.5, False)]
+    assert min(s[1] for s in seen) > 1
+
+
 @pytest.mark.parametrize('command', ['', 'demo', 'report', 'explain', 'doctor'])
 def test_every_command_explains_itself(command, capsys):
     status, said, _ = run(capsys, *command.split(), '--help')
@@ -97,6 +114,8 @@ def wrong(tmp_path):
     (tmp_path/'empty').mkdir()
     (tmp_path/'one.txt').write_text('a red circle\n')
     (tmp_path/'bad.yaml').write_text('default: {seglinar: true}\n')
+    (tmp_path/'auto.yaml').write_text('auto: {bits: 5}\n"*.ff.*": {enable: false}\n')
+    (tmp_path/'latin.txt').write_bytes('ein grüner Kreis'.encode('latin-1'))
     return tmp_path
 
 
@@ -104,6 +123,16 @@ def wrong(tmp_path):
     ('report tiny-sd35 w9a9', "'w9a9' is no preset"),
     ('report tiny-sd35 {}/bad.yaml', "Did you mean 'seglinear'?"),
     ('report tiny-sd35 {}/none.yaml', 'there is no file'),
+    ('report tiny-sd35 auto:bits', "'auto:bits': expected a budget such as auto:bits=5."),
+    ('report tiny-sd35 auto:bit=5', 'expected one budget'),
+    ('report tiny-sd35 auto:bits=5,error=.1', 'expected one budget'),
+    ('report tiny-sd35 auto:bits=0', 'expected one positive budget'),
+    ('report tiny-sd35 auto:bits=5 auto:bits=5', 'each can be compared only once'),
+    ('report tiny-sd35 {}/auto.yaml', 'auto chooses for every layer'),
+    ('explain tiny-sd36 auto:bits=5', 'needs prompts: name a file'),
+    ('explain tiny-sd35 w8a8 --prompts', 'expected one argument'),
+    ('report tiny-sd36 --prompts {}/empty', 'is a directory'),
+    ('report tiny-sd36 --prompts {}/latin.txt', 'is no text in UTF-8'),
     ('report tiny-sd36', 'needs prompts'),
     ('report tiny-sd36 --prompts {}/one.txt --pictures 1', 'at least one more is needed'),
     ('report tiny-sd35 --prompts {}/none.txt', 'none.txt: no such file or directory.'),
@@ -123,7 +152,7 @@ def test_mistakes_get_a_sentence_and_status_2(argv, expected, wrong, capsys):
     status, said, err = run(capsys, *argv.format(wrong).split())
     lines = [line for line in err.strip().split('\n') if not line.startswith(('usage:', ' '))]
     assert status == 2 and expected in err and len(lines) == 1 and lines[0].startswith('segquant'), err
-    assert (wrong/'file').read_text() == 'mine' and len(list(wrong.iterdir())) == 4
+    assert (wrong/'file').read_text() == 'mine' and len(list(wrong.iterdir())) == 6
 
 
 def test_the_seed_reaches_the_pictures_of_the_zoo(monkeypatch):

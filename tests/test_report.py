@@ -182,6 +182,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_cannot_be_reported_is_refused(quantized, tmp_path):
     net, small = quantized
+    with pytest.raises(TypeError, match='expected a model or a pipeline, got a str'): report('model')
     for attempt, said in ((lambda: report(net), 'has not been quantized'),
                           (lambda: report(small, made_up().before), 'drawn by a pipeline'),
                           (lambda: report(small, accuracy=len), 'accuracy is about pictures'),
@@ -190,6 +191,63 @@ def test_what_cannot_be_reported_is_refused(quantized, tmp_path):
                           (lambda: save_report(made_up(), tmp_path/'a.txt'), 'ends in .html')):
         with pytest.raises(ValueError, match=said): attempt()
     assert not os.listdir(tmp_path)
+
+
+class Net1(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+    def forward(self, x): return self.b(self.a(x))
+
+
+class Heads(Net1):
+    def forward(self, x): return self.a(x), self.b(x)
+
+
+def shown(r):
+    "All that there is to see, once"
+    page = Page(report_page(r))
+    return ' '.join([repr(r), r._repr_html_(), str(report_numbers(r)), draw_layers(r), *page.words])
+
+
+def test_a_report_of_a_model_where_nothing_is_quantized():
+    torch.manual_seed(0)
+    net = Heads().eval()
+    with torch.no_grad(): net.a.weight[0, 0] = net.b.weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match='nothing was quantized: a and 1 more'): made = quantize(net, [torch.randn(64, 32)], progress=False)
+    said = shown(report(made))
+    assert 'nothing is quantized (2 layers stay as they were)' in said and 'a, b (the weight is not finite in 1 of 1024 places)' in said
+    assert 'nothing was quantized' in repr(made.quantization)
+    empty = made_up(layers=0)
+    assert 'nothing is quantized' in shown(empty) and 'likeness to the original' in report_page(empty)
+
+
+def test_reports_of_a_failed_layer_of_one_layer_and_of_an_error_that_is_no_number():
+    torch.manual_seed(0)
+    net = Net1().eval()
+    with torch.no_grad(): net.b.weight[0, 0] = torch.inf
+    failed = report(quantize(net, [torch.randn(64, 32)], progress=False))
+    said = shown(failed)
+    assert '1 of 2 layers not quantized' in said and 'b (the weight is not finite' in repr(failed) and '<circle' in said
+    single = shown(report(quantize(nn.Sequential(nn.Linear(32, 8)).eval(), [torch.randn(64, 32)], progress=False)))
+    assert 'all 1 layers quantized' not in single and 'the only layer is quantized' in single
+    odd = made_up()
+    object.__setattr__(odd.layers[2], 'error', math.nan)
+    assert 'cy="nan' not in shown(odd) and '--w:nan' not in report_page(odd)
+
+
+def test_errors_that_flatter_are_called_so():
+    torch.manual_seed(0)
+    r = report(quantize(Net1().eval(), [torch.randn(10, 32)], progress=False))
+    assert r.judged in shown(r) and 'errors of layers are too small, as 2 of 2 layers' in repr(r)
+    r = report(quantize(Net1().eval(), [torch.randn(100, 32)], progress=False))
+    assert 'on inputs that nothing was fitted to' in report_page(r) and 'too small' not in shown(r)
+
+
+def test_a_compiled_model_is_what_it_was():
+    torch.manual_seed(0)
+    made = quantize(Net1().eval(), [torch.randn(100, 32)], progress=False)
+    assert repr(report(torch.compile(made, backend='eager'))) == repr(report(made))
 
 
 SIZES = {'wide': {'width': 1280, 'height': 900}, 'phone': {'width': 390, 'height': 844}}
