@@ -34,9 +34,34 @@ def test_the_stored_table_is_whole(path):
         assert fidelity.summary(psnrs, s) == pytest.approx(row['psnr'], abs=.02)
 
 
+@pytest.mark.parametrize('path', RESULTS, ids=lambda p: p.stem)
+def test_what_was_measured_is_stored_and_kept_to(path):
+    found = fidelity.read(path)
+    rows, stored = found['rows'], found['measured']
+    assert stored['settings'] == fidelity.MEASURING and stored['ways'] == json.loads(json.dumps(fidelity.WAYS))
+    measured, outside = fidelity.measured_from(stored), rows['w8a8-dynamic']['bytes'] - sized(stored, 'int8 by token')
+    for name in (n for n, row in fidelity.ROWS.items() if row.measured):
+        preset, row = name.removeprefix('auto@'), rows[name]
+        budget = dict(bytes=rows[preset]['bytes'] - outside) if preset != name else dict(bits=float(name.split()[1]))
+        if preset != name: assert row['bytes'] <= rows[preset]['bytes']
+        chosen = fidelity.ways_of(measured, measured.choose(**budget))
+        assert row['remarks'] == [fidelity.counted(chosen)]
+        assert row['bytes'] - outside == stored['fixed'] + sum(g.bytes[g.ways.index(w)] for g, w in zip(measured.groups, chosen))
+
+
+def sized(stored, way):
+    at = 1 + list(stored['ways']).index(way)
+    return stored['fixed'] + sum(g['bytes'][at] for g in stored['groups'])
+
+
+def test_processes_give_what_one_gives():
+    assert fidelity.forked(3)(lambda x: x*x, list(range(7))) == [x*x for x in range(7)] == fidelity.forked(9)(lambda x: x*x, list(range(7)))
+
+
 def test_no_reported_prompt_calibrates():
-    reported = {caption(s) for s in fidelity.scenes(128)}
+    reported, m = {caption(s) for s in fidelity.scenes(128)}, fidelity.MEASURING
     assert not reported & {caption(sample_scene(i)) for i in range(fidelity.CALIBRATION['prompts'])}
+    assert not reported & {caption(sample_scene(m['first'] + i)) for i in range(m['prompts'])}
 
 
 def test_bytes_of_int8():

@@ -28,7 +28,9 @@ import shlex
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -41,8 +43,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from segquant_nb.auto import WAYS, Measured, Options, measure_layers, pictures_of
 from segquant_nb.calibration import Staggered, generate_calibrate_set
-from segquant_nb.config import PRESETS
+from segquant_nb.config import PRESETS, explain, read_config
 from segquant_nb.graph import denoiser
 from segquant_nb.metrics import ask, bootstrap, judge, perceptual, psnr, ssim
 from segquant_nb.ops import use_emulation
@@ -53,6 +56,7 @@ from segquant_nb.zoo import generate, load
 MODELS = ('tiny-sd35', 'tiny-flux', 'tiny-sdxl')
 REPORTED = 3*10**6  # first scene of the held-out prompts, and first seed
 CALIBRATION = dict(prompts=32, steps=8, batch=16)
+MEASURING = dict(first=1000, prompts=6, steps=8, seed=10**6)  # of pictures: captions of other training scenes
 SHOWN = ('baseline', 'seg+dual', 'modelopt smoothquant', 'w8a8', 'torchao dynamic', 'w4a8', 'int4', 'w4a4')
 
 
@@ -64,6 +68,7 @@ class Row:
     about: str
     make: Callable  # (model, calls) → (quantized model, bytes, remarks …); the model stays as it is
     package: str = ''  # that has to be installed
+    measured: bool = False  # does `make` want what was measured, too?
 
 
 def ours(config):
@@ -75,6 +80,26 @@ def ours(config):
 
 
 def changed(preset, **fields): return ours({'default': PRESETS[preset]['default'] | fields})
+
+
+def auto(preset=None, bits=None):
+    "Chosen for the bytes of a preset, or for so many bits a weight"
+    def make(model, calls, measured):
+        size = None if preset is None else explain(model, preset, example=calls[0]).bytes_after
+        made, size = ours(measured.choose(bits=bits, bytes=size))(model, calls)
+        return made, size, counted(ways_of(measured, made.quantization.explanation.config))
+    return make
+
+
+def ways_of(measured, config):
+    "What was chosen for each group of layers"
+    def way(g):
+        found = config.of(g.layers[0])
+        return '16 bits' if not found.enable else next(n for n, c in measured.ways.items() if c.default == found)
+    return [way(g) for g in measured.groups]
+
+
+def counted(ways): return ', '.join(f'{n} × {way}' for way, n in Counter(ways).items())
 
 
 def half(dtype):
@@ -160,6 +185,7 @@ def call_error(made, model, calls):
     return sum((out(made, call) - out(model, call)).square().sum().item() for call in calls)
 
 
+AUTO = 'chosen by measuring'
 STATIC, CHANNELS, TOKENS = 'W8A8, static, one scale a tensor', 'W8A8, static, weights per channel', 'W8A8, dynamic per token'
 SEGMENTS = ['linear2chunk', 'linear2split', 'concat2linear', 'stack2linear', 'reshape2linear']
 CHANNEL, INT4 = ({k: PRESETS[p]['default'][k]} for p, k in (('w8a8', 'weight_quant'), ('w4a4', 'input_quant')))
@@ -186,6 +212,7 @@ ROWS = {
     'quanto int8, linears': Row(CHANNELS, 'optimum-quanto on linear layers', quanto('qint8', 'linears'), 'optimum-quanto'),
     'torchao dynamic': Row(TOKENS, 'torchao', torchao_dynamic, 'torchao'),
     'w8a8-dynamic': Row(TOKENS, 'segments and dual, α search, GPTQ', ours('w8a8-dynamic')),
+    'w8a8-dynamic, rotated': Row(TOKENS, 'the same, rotated instead of smoothed', ours({'default': PRESETS['w8a8-dynamic']['default'] | {'opt': {'rotate': 64}}})),
     'svdquant-w4a8': Row('W4A8', 'SVDQuant, rank 64', ours('svdquant-w4a8')),
     'segquant-g-w4a8': Row('W4A8', 'the same with segments and dual', ours('segquant-g-w4a8')),
     'w4a8': Row('W4A8', 'the same with a better rounding', ours('w4a8')),
@@ -196,6 +223,8 @@ ROWS = {
     'quartz, seg': Row('W4A4', 'the same with segments', ours({'default': QUARTZ | {'seglinear': True}})),
     'quartz, rounded': Row('W4A4', 'the same to the nearest value', ours({'default': ROUNDED | {'seglinear': True}})),
     'rotated': Row('W4A4', 'rotated, segments, GPTQ', ours({'default': W4A4 | {'seglinear': True, 'opt': {'rotate': 64}, 'calib': {'type': 'gptq'}}})),
+    **{f'auto@{preset}': Row(AUTO, f'as many bytes as {preset}', auto(preset), measured=True) for preset in ('w4a8', 'fp8', 'w8a8-dynamic')},
+    **{f'auto {bits} bits': Row(AUTO, 'a weight, with scales and branches', auto(bits=bits), measured=True) for bits in (5, 6)},
     'bf16': Row('16 bits', 'bfloat16', half(torch.bfloat16)),
     'fp16': Row('16 bits', 'float16', half(torch.float16)),
     'w4a16': Row('W4A16', 'rank 64, GPTQ', ours('w4a16')),
@@ -247,12 +276,49 @@ def accuracy(pictures, settings):
     return torch.stack(list(found.values())).nanmean(0)  # one thing has no relation
 
 
-def run_row(model, name, settings, device, path):
+def forked(jobs):
+    "`map`, but in so many processes that know all this one does"
+    def run(function, items):
+        with tempfile.TemporaryDirectory() as folder:
+            children = []
+            for k in range(jobs):
+                if child := os.fork():
+                    children.append(child)
+                    continue
+                try: torch.save([function(item) for item in items[k::jobs]], Path(folder)/str(k))
+                except BaseException: traceback.print_exc(); os._exit(1)
+                os._exit(0)  # nothing of the parent's is to be tidied up here
+            failed = sum(os.waitpid(child, 0)[1] != 0 for child in children)
+            if failed: raise RuntimeError(f'{failed} of {jobs} processes failed, see above')
+            parts = [iter(torch.load(Path(folder)/str(k))) for k in range(jobs)]
+        return [next(parts[i % jobs]) for i in range(len(items))]
+    return run
+
+
+def measure(model, settings, path, jobs=1):
+    "What each layer of a model could become, and what that does to pictures of prompts that nothing else here uses"
+    quiet()
+    (calls, *_), pipe, m, start = shared(path), pipe_of(model, 'cpu'), settings, time.time()
+    prompts = [caption(sample_scene(m['first'] + i)) for i in range(m['prompts'])]
+    results = pictures_of(pipe, prompts, m['seed'], num_inference_steps=m['steps'], **call_of(pipe))
+    found = measure_layers(denoiser(pipe), calls, progress=False, results=results, run=forked(jobs))
+    groups = [dict(layers=g.layers, weights=g.weights, bytes=g.bytes, errors=[float(f'{e:.4g}') for e in g.errors]) for g in found.groups]
+    return dict(settings=m, ways=WAYS, fixed=found.fixed, seconds=round(time.time() - start), jobs=jobs, groups=groups, machine=machine('cpu'))
+
+
+def measured_from(stored):
+    "As it was before it was stored"
+    groups = [Options(tuple(g['layers']), g['weights'], ('16 bits', *stored['ways']), tuple(g['bytes']), tuple(g['errors'])) for g in stored['groups']]
+    return Measured(tuple(groups), {name: read_config(config) for name, config in stored['ways'].items()}, stored['fixed'])
+
+
+def run_row(model, name, settings, device, path, measured=None):
     "One row of the table"
     quiet()
     calls, originals, right = shared(path)
+    more = [measured_from(measured)] if ROWS[name].measured else []
     start = time.process_time()
-    with torch.no_grad(), contextlib.redirect_stdout(sys.stderr): made, size, *remarks = ROWS[name].make(denoiser(pipe_of(model, 'cpu')), calls)
+    with torch.no_grad(), contextlib.redirect_stdout(sys.stderr): made, size, *remarks = ROWS[name].make(denoiser(pipe_of(model, 'cpu')), calls, *more)
     seconds = time.process_time() - start  # of one thread, whatever else this machine does
     pipe = copy.copy(pipe_of(model, device))
     if device != 'cpu': use_emulation(made)  # it was made ready for a CPU
@@ -342,7 +408,13 @@ def run(models, names, settings, device, jobs, out, again):
         for future in as_completed(ready):
             results[ready[future]]['original'] = future.result()
             print(f'{time.time() - start:4.0f} s  {ready[future]}: originals', flush=True)
-        rows = {pool.submit(run_row, model, name, settings, device, paths[model]): (model, name) for model, name in todo}
+        wanted = {model for model, name in todo if ROWS[name].measured and results[model].get('measured', {}).get('settings') != MEASURING}
+        ready = {pool.submit(measure, model, MEASURING, paths[model], -(-2*jobs//3)): model for model in wanted}
+        for future in as_completed(ready):
+            results[ready[future]]['measured'] = future.result()
+            write(out/f'fidelity_{ready[future]}.json', results[ready[future]])
+            print(f'{time.time() - start:4.0f} s  {ready[future]}: measured', flush=True)
+        rows = {pool.submit(run_row, model, name, settings, device, paths[model], results[model].get('measured')): (model, name) for model, name in todo}
         for future in as_completed(rows):
             model, name = rows[future]
             try: row = future.result()
