@@ -47,6 +47,7 @@ class Trial:
     seconds: float  # in all
     threads: int  # that PyTorch had
     gpu: str = ''  # that drew them
+    pipeline: str = ''  # its class, if it is known
 
     def __repr__(self):
         height, width = self.images.shape[-2:]
@@ -72,7 +73,7 @@ def try_prompts(
     latents = torch.cat([torch.stack(steps, 1) for steps in batches])
     gpu = torch.cuda.get_device_name(pipe.device) if pipe.device.type == 'cuda' else ''
     return Trial(list(prompts), seed, options, images, latents, seconds, torch.get_num_threads(),
-                 gpu)
+                 gpu, type(pipe).__name__)
 
 # %% ../nbs/55_report.ipynb #405ce494
 def prompt_accuracy(
@@ -346,6 +347,11 @@ def report(
     if before is not None and pipe is None:
         raise ValueError('pictures are drawn by a pipeline: give report what quantize_pipeline '
                          f'returns, not its {type(model).__name__} alone.')
+    if before is not None and not isinstance(before, Trial):
+        raise TypeError(f'before is a {type(before).__name__}: expected what try_prompts returns.')
+    if before is not None and before.pipeline not in ('', type(pipe).__name__):
+        raise ValueError(f'before was drawn by a {before.pipeline}, and this is a '
+                         f'{type(pipe).__name__}: let try_prompts draw with the original of this.')
     if accuracy is not None and before is None:
         raise ValueError('accuracy is about pictures: give report what try_prompts returns, too.')
     plan, parts = outcome.explanation, {} if pipe is None else pipe.components

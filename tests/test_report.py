@@ -12,9 +12,10 @@ from torch import nn
 
 from segquant_nb import reporting
 from segquant_nb.ops import use_emulation
-from segquant_nb.quantization import quantize
+from segquant_nb.quantization import quantize, quantize_pipeline
 from segquant_nb.reporting import (Kept, LayerReport, Report, Trial, draw_layers, draw_trajectory, report,
-                                   report_numbers, report_page, save_report, write_whole)
+                                   report_numbers, report_page, save_report, try_prompts, write_whole)
+from segquant_nb.zoo import load
 
 
 class Net(nn.Module):
@@ -278,3 +279,12 @@ def test_a_browser_shows_it_on_every_screen(tmp_path):
         page.emulate_media(media='print')
         assert page.locator('table').first.is_visible()  # on paper it is unfolded
         browser.close()
+
+
+def test_pictures_of_another_pipeline_are_no_before():
+    pipe = load('tiny-flux')
+    call = dict(height=64, width=64, num_inference_steps=2)
+    small = quantize_pipeline(pipe, ['a red circle'], 'baseline', steps=1, progress=False, **call)
+    before = try_prompts(load('tiny-sd35'), ['a large red plain circle, plain light background'], **call)
+    with pytest.raises(ValueError, match='drawn by a StableDiffusion3Pipeline, and this is a FluxPipeline'): report(small, before)
+    with pytest.raises(TypeError, match='expected what try_prompts returns'): report(small, 'pictures')
