@@ -136,7 +136,8 @@ def allot(
 def one_budget(**given: float | None) -> dict[str, float]:
     "The one that is given"
     found = {k: v for k, v in given.items() if v is not None}
-    if len(found) != 1 or not next(iter(found.values())) > 0:
+    numbers = all(isinstance(v, (int, float)) for v in found.values())
+    if len(found) != 1 or not numbers or not next(iter(found.values())) > 0:
         said = ', '.join(f'{k}={v}' for k, v in found.items()) or 'none'
         raise ValueError(f'expected one positive budget, bits=, bytes= or error=; got {said}.')
     return found

@@ -200,14 +200,23 @@ def _cubin_file(file: str, arch: str, defines: dict[str, int]) -> Path:
     parts = [file, arch, _nvrtc().getVersion(), _options(defines), sorted(cuda_sources().items())]
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.cubin'
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'segquant_nb'
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError: folder = Path(tempfile.mkdtemp(prefix='segquant_nb-'))
     path = folder/name
-    if not path.exists():
-        code, _ = compile_cubin(file, arch, defines)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as fresh: fresh.write(code)
-        os.replace(fresh.name, path)
+    if path.exists(): return path
+    code, _ = compile_cubin(file, arch, defines)
+    try: return _kept(code, path)
+    except OSError: return _kept(code, _own_folder()/name)  # read-only, or full
+
+
+def _kept(code: bytes, path: Path) -> Path:
+    "Written as a whole or not at all"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as fresh: fresh.write(code)
+    os.replace(fresh.name, path)
     return path
+
+
+@lru_cache
+def _own_folder() -> Path: return Path(tempfile.mkdtemp(prefix='segquant_nb-'))
 
 # %% ../nbs/41_cuda.ipynb #9adc38a5
 def check_device(

@@ -259,3 +259,14 @@ def test_a_number_too_large_for_its_place_is_refused():
         start = cuda.Launcher(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (64,), 'P P i')
         with pytest.raises(Exception, match='argument out of range|format requires'): start((1,), 0, 0, 2**31)
     assert not gpu.launches
+
+
+def test_a_full_disk_is_no_obstacle():
+    real, tried = os.replace, []
+    def replace(old, new):
+        tried.append(new)
+        if len(tried) == 1: raise OSError(28, 'No space left on device')
+        real(old, new)
+    with emulated_gpu(run=False) as gpu, mock.patch.object(cuda.os, 'replace', replace):
+        cuda.unpack_int4_cuda(torch.zeros(2, 16, dtype=torch.uint8))
+    assert len(gpu.launches) == 1 and len(tried) == 2 and tried[0].name == tried[1].name
