@@ -142,6 +142,8 @@ def cpu_linear(
     x: Tensor,  # (..., K)
 ) -> Tensor:  # (..., N) in the type of `x`
     "A quantized layer by products of codes, in float32 around them; no gradient"
+    if not isinstance(layer, SegLinear):
+        raise TypeError(f'layer is a {type(layer).__name__}: expected a SegLinear.')
     layer._check_input(x)
     rows, N = x.detach().reshape(-1, layer.in_features), layer.out_features
     int4 = layer.plan.weight.dtype.bits <= 4

@@ -194,13 +194,17 @@ def search_scales(
     if not len(ratios): raise ValueError('ratios is empty: nothing to try.')
     if hessian is not None: hessian = _relative(hessian.detach().to(weight.device), weight)
     low, high = _full_ranges(weight, plan)
+    column = _granule_of(granules(plan), weight.device)
+    def of_columns(table):
+        return table if table is None or table.shape[1] == 1 else table[:, column]
     reach = torch.maximum(low.abs(), high.abs())
-    units = torch.where(reach > 0, reach, 1.)[:, _granule_of(granules(plan), weight.device)]
+    units = of_columns(torch.where(reach > 0, reach, 1.))
     best = least = torch.full_like(low, torch.inf, dtype=torch.float64)
     for ratio in ratios:
         scales = scale_from_range(low*ratio, high*ratio, recipe.dtype, recipe.symmetric)
-        rounded = weight_values(encode_weight(weight, plan, *scales))
-        cost = _cost((rounded - weight).double()/units, plan, hessian)
+        scale, zero = map(of_columns, scales)
+        rounded = decode(encode(weight, scale, recipe.dtype, zero), scale, zero)
+        cost = _cost((rounded - weight).double().div_(units), plan, hessian)
         best, least = torch.where(cost < least, ratio, best), torch.minimum(cost, least)
     best = best.float()
     return scale_from_range(low*best, high*best, recipe.dtype, recipe.symmetric)

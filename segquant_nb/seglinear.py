@@ -7,6 +7,7 @@ __all__ = ['Plan', 'plan_for', 'EncodedWeight', 'granules', 'quantize_weight', '
            'SegLinear']
 
 # %% ../nbs/20_seglinear.ipynb #24c0f032
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -408,7 +409,8 @@ class SegLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "By `kernel`, a function of layer and input, if there is one; else `emulate`"
-        device = x.device.type
+        try: device = x.device.type
+        except AttributeError: self._check_input(x)
         if device in _AUTOCAST and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False): return self.forward(x)
         return self.emulate(x) if self.kernel is None else self.kernel(self, x)
@@ -439,6 +441,9 @@ class SegLinear(nn.Module):
         return self._finish(y, values.double()).to(x.dtype)
 
     def _check_input(self, x: Tensor):
+        if not isinstance(x, Tensor):
+            raise TypeError(f'inputs are a {type(x).__name__}: this layer reads a tensor of '
+                            f'(…, {self.in_features}).')
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f'inputs of shape {tuple(x.shape)} and type {str(x.dtype)[6:]}: this '
                              f'layer reads {self.in_features} channels of floating point '
@@ -494,12 +499,12 @@ class SegLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         scales = {n: b for n, b in self._buffers.items()
                   if b.dtype == torch.float32 and n not in _CASTABLE}
+        ready = copy.copy(getattr(self, 'ready', None))  # empty: its tensors will be elsewhere
         super()._apply(fn, recurse)
         for n, b in scales.items():  # a scale in 16 bits is another scale
             if self._buffers[n].dtype != b.dtype: self._buffers[n] = b.to(self._buffers[n].device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if ready := getattr(self, 'ready', None):  # what a kernel holds is elsewhere now
-            self.ready = type(ready)()
+        if ready is not None: self.ready = ready
         return self
 
     def extra_repr(self) -> str:

@@ -20,6 +20,13 @@ CODED = [*INTS, *FLOATS]
 SIZES = [1e-20, 1e-3, 1., 7., 1e4, 1e20]
 
 
+def pieces(draw, total, cuts):
+    "Sizes of up to `cuts` + 1 pieces that are `total` together"
+    places = sorted(draw(st.sets(st.integers(1, max(total - 1, 1)), max_size=cuts)))
+    edges = [0, *[p for p in places if p < total], total]
+    return [b - a for a, b in zip(edges, edges[1:])]
+
+
 @st.composite
 def tensors(draw, min_dims=1, max_dims=3, side=40, dtype=np.float32, lowest=-1.):
     "Values over many orders of magnitude, with zeros and repeats, of one sign and of both, each with a size of its own"

@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from quantizer_cases import pieces
 from torch import nn
 
 from segquant_nb import cpu
@@ -20,16 +21,10 @@ INPUTS = [Quantizer('int8'), Quantizer('int6'), Quantizer('int4', **TOKEN), Quan
 CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
-def cut(draw, total):
-    places = sorted(draw(st.sets(st.integers(1, max(total - 1, 1)), max_size=2)))
-    edges = [0, *[p for p in places if p < total], total]
-    return [b - a for a, b in zip(edges, edges[1:])]
-
-
 @st.composite
 def layers(draw):
     n, k = draw(st.integers(1, 20)), draw(st.integers(1, 200))
-    inputs = [(size, draw(st.sampled_from(INPUTS))) for size in cut(draw, k)]
+    inputs = [(size, draw(st.sampled_from(INPUTS))) for size in pieces(draw, k, 2)]
     weight = Quantizer(draw(st.sampled_from(['int8', 'int4', 'int6', 'int3'])), axis=draw(st.sampled_from([None, 1])), group=draw(st.sampled_from([None, 64, 100])))
     torch.manual_seed(draw(st.integers(0, 10**6)))
     linear = nn.Linear(k, n, bias=draw(st.booleans()))
@@ -37,7 +32,7 @@ def layers(draw):
     low_rank = (torch.randn(2, k)/k, torch.randn(n, 2)) if draw(st.booleans()) else None
     x = torch.randn(draw(st.sampled_from([1, 3, 40])), k)
     blocks = [size & -size for size, _ in inputs] if draw(st.booleans()) else ()
-    return SegLinear.of(linear, Plan(inputs, cut(draw, n), weight, blocks), torch.randn(20, k), smooth, low_rank), x
+    return SegLinear.of(linear, Plan(inputs, pieces(draw, n, 2), weight, blocks), torch.randn(20, k), smooth, low_rank), x
 
 
 @pytest.mark.parametrize('vnni', [True, False])

@@ -2,47 +2,31 @@
 
 That the emulation would notice is tested too, by breaking the sources.
 """
+import math
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from fractions import Fraction
 
 import pytest
 import torch
 from emulate import COMPILER, emulated_gpu
+from emulate.cases import activations, same
+from emulate.guarded import in_guarded_memory
 from hypothesis import HealthCheck, given as drawn, settings, strategies as st
 
 import segquant_nb.cuda as cuda
+import segquant_nb.gemm as gemm
 from segquant_nb.codes import PackedColumns, quantize_cuda, quantize_reference
 from segquant_nb.formats import pack_int4, unpack_int4
-from segquant_nb.gemm import _MIDDLE, _SMALL, _THIN, Operands, PortableLinear, granule_columns, w8a16_sm80, w8a8_naive, w8a8_reference, w8a8_sm80
+from segquant_nb.gemm import _MIDDLE, _SMALL, _THIN, Operands, PortableLinear, decode_cuda, granule_columns, w8a16_sm80, w8a8_naive, w8a8_reference, w8a8_sm80
 
 pytestmark = pytest.mark.skipif(COMPILER is None and 'CI' not in os.environ, reason='no C++ compiler on this machine (c++, g++ or clang++)')
 
 
-@pytest.fixture(autouse=True)
-def poisoned_results():
-    "What a kernel does not write is NaN, or the largest integer"
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def activations(rows, columns, dtype, seed):
-    "Values over six decades, with ties, zeros, rows of zeros, NaN and infinities"
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=g)*10**(torch.rand(rows, 1, generator=g)*6 - 3)
-    x[torch.rand(rows, columns, generator=g) < .02] = 0
-    for value in (torch.nan, torch.inf, -torch.inf): x[torch.rand(rows, columns, generator=g) < .003] = value
-    if rows > 2: x[1], x[2] = 0, (torch.arange(columns) - columns//2)/2
-    if rows > 3: x[3] = torch.linspace(-1, 1, columns)*1e-41  # subnormal
-    return x.to(dtype)
-
-
-def same(a, b):
-    return all(x is y or x.dtype == y.dtype and torch.equal(x.float().nan_to_num(999), y.float().nan_to_num(999)) for x, y in zip(a, b))
+def test_what_a_kernel_does_not_write_is_poisoned():
+    with emulated_gpu(): assert torch.empty(9).isnan().all() and (torch.empty(9, dtype=torch.int8) == 127).all()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 OPTIONS = [dict(), dict(dual=True), dict(dtype='int4', dual=True), dict(dtype='int4', packed=True), dict(dtype='fp8e4m3', dual=True),
@@ -103,6 +87,22 @@ def test_every_int4_byte():
     packed = torch.arange(256, dtype=torch.uint8).repeat(3).view(-1, 16)
     with emulated_gpu(): codes = cuda.unpack_int4_cuda(packed)
     assert torch.equal(codes, unpack_int4(packed)) and torch.equal(pack_int4(codes), packed)
+
+
+@pytest.mark.parametrize('sizes, group', [((64,), None), ((33, 70, 500), None), ((96, 544), 32), ((640,), 64)])
+def test_decoded_weights(sizes, group):
+    columns, g = PackedColumns(sizes), torch.Generator().manual_seed(0)
+    pieces, _ = granule_columns(columns, group)
+    widths = torch.tensor(pieces.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
+    for bits, N, dtype in ((8, 1, torch.bfloat16), (8, 21, torch.float16), (4, 21, torch.bfloat16), (4, 8, torch.float16)):
+        codes = torch.randint(-2**(bits - 1), 2**(bits - 1), (N, columns.width), dtype=torch.int8, generator=g)
+        scale = torch.rand(len(widths), N, generator=g)**4 + 1e-4
+        weight = codes if bits == 8 else pack_int4(codes)
+        with emulated_gpu(run=True): values = decode_cuda(weight, scale, columns, dtype, group=group)
+        assert torch.equal(values, (codes.float()*scale.repeat_interleave(widths, 0).T).to(dtype))
+        if len(widths) > 1: continue
+        with emulated_gpu(): assert torch.equal(decode_cuda(weight, scale[0], columns, dtype), values)
+    with emulated_gpu() as gpu: assert decode_cuda(weight[:0], scale[:, :0].clone(), columns, group=group).shape == (0, columns.width) and not gpu.launches
 
 
 def layer(M, N, sizes, dual, seed, tokens=True, segment_scales=False):
@@ -184,9 +184,22 @@ def test_a_group_is_a_segment_that_shares_its_scale_of_x():
         assert pieces.ends == (64, 96, 160, 224, 288, 320) and segments == (0, 0, 1, 1, 1, 1)
         terms = [(1 + dual)*i + p for i in segments for p in range(1 + dual)]
         alike = given | dict(columns=pieces, group=None, scale_x=given['scale_x'][terms])
-        assert torch.equal(w8a8_reference(**given, dtype=torch.float32), w8a8_reference(**alike, dtype=torch.float32))
         y, size = in_float64(given)
-        assert ((w8a8_reference(**given, dtype=torch.float32) - y).abs() <= 2**-20*size).all()
+        for form in (given, alike): assert ((w8a8_reference(**form, dtype=torch.float32) - y).abs() <= 2**-20*size).all()
+
+
+def test_a_product_and_a_sum_are_rounded_once():
+    rng = torch.Generator().manual_seed(0)
+    a, b, c = ((torch.rand(3000, generator=rng) - .5)*10**(torch.rand(3000, generator=rng)*12 - 6) for _ in range(3))
+    c[::3] = -(a*b)[::3]  # what is left is what the product lost
+    for x, y, z, got in zip(*(t.tolist() for t in (a, b, c, gemm._multiply_add(a, b, c)))):
+        exact = Fraction(x)*Fraction(y) + Fraction(z)
+        low, high = (float(torch.nextafter(torch.tensor(got), torch.tensor(to))) for to in (-math.inf, math.inf))
+        off = abs(exact - Fraction(got))
+        assert all(off <= abs(exact - Fraction(other)) for other in (low, high))
+    # halfway between two floats but for 2⁻⁷⁰, which float64 does not see
+    a, b, c = (torch.tensor(v) for v in (2.**-12*(1 + 2**-23), 2.**-12*(1 - 2**-23), 1 + 2.**-23))
+    assert (a.double()*b.double() + c).float() == 1 + 2**-22 and gemm._multiply_add(a, b, c) == 1 + 2**-23
 
 
 @pytest.mark.parametrize('form, dual, sizes, group, rank, branch', [
@@ -377,6 +390,8 @@ BREAKS = [  # source, what is broken, early copies or late ones
     ('mma/sm80_s8_gemm.cu', 'k * 2 + lane / 16', 'k * 2 + lane / 8 % 2', False),
     ('mma/sm80_s8_gemm.cu', 'sums.codes[p][m][n][half * 2 + i] = START;', '', False),
     ('mma/sm80_s8_gemm.cu', 'boundary = ends[++index];', 'boundary = ends[index++];', False),
+    ('mma/sm80_s8_gemm.cu', 'segments[index] != segments[index + 1]', 'index < 0', False),
+    ('mma/sm80_s8_gemm.cu', 'if (SEGMENTED == 3 && segments[index] != segments[index + 1])', 'if (SEGMENTED == 3)', False),
     ('mma/sm80_s8_gemm.cu', 'tables.segments ? tables.segments[index] : index', 'tables.segments ? 0 : index', False),
     ('mma/sm80_s8_gemm.cu', 'load_scales();\n            }', '}', False),
     ('mma/sm80_s8_gemm.cu', '0.0625f', '0.125f', False),
@@ -430,29 +445,9 @@ def test_arguments_of_the_wrong_size_are_an_error():
         cuda.launch(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (1,), (32,), packed, packed, 8)
 
 
-GUARDED = '''
-import ctypes, mmap, sys
-sys.path.insert(0, {tests!r})
-import torch
-from emulate import emulated_gpu
+INSIDE = '''
 from segquant_nb.codes import PackedColumns, quantize_cuda, quantize_reference
 from segquant_nb.gemm import _SMALL, w8a8_reference, w8a8_sm80
-libc, page, kept, empty = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, [], torch.empty
-libc.mmap.restype = ctypes.c_void_p
-
-def guarded(*shape, dtype=torch.float32, device=None, before=False):
-    "An empty tensor that ends where a page begins that nobody may touch, or starts where one ends"
-    like = empty(*shape, dtype=dtype, device='meta')
-    size = like.numel()*like.element_size()
-    room = -(-size//page)*page
-    base = libc.mmap(None, ctypes.c_size_t(room + 2*page), 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_long(0))
-    for wall in (base, base + page + room): assert not libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(page), 0)
-    at = base + page if before else base + page + (room - size)//16*16
-    kept.append((ctypes.c_char*size).from_address(at))
-    return torch.frombuffer(kept[-1], dtype=dtype).view(like.shape) if size else like
-
-def moved(x, before): return guarded(*x.shape, dtype=x.dtype, before=before).copy_(x)
-
 for before in (False, True):
     torch.empty = lambda *a, **k: guarded(*a, before=before, **k)
     for rows, sizes in ((5, (40, 104)), (3, (33, 70)), (9, (64,))):
@@ -475,21 +470,14 @@ for before in (False, True):
         more = dict(group=32, low_rank=tuple(moved(torch.randn(rows, 40).half(), before) for rows in (M, N)), dtype=torch.float32)
         with emulated_gpu(): y = w8a8_sm80(*given, columns, True, **more, tile=_SMALL)
         assert torch.allclose(y, w8a8_reference(*given, columns, True, **more), 0, 1)
-{outside}
-print('inside')
 '''
 
 
-@pytest.mark.parametrize('outside', [False, True])
-def test_nothing_is_touched_outside_of_the_tensors(outside):
-    "Tensors that end at a forbidden page, in a process that would not survive it"
+def test_nothing_is_touched_outside_of_the_tensors():
     wall = '''
 x = moved(torch.zeros(4, 16, dtype=torch.uint8), False)
 import numpy as np, segquant_nb.cuda as cuda
 with emulated_gpu():
     cuda.launch(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (1,), (32,), x, x.new_zeros(4, 64), np.int64(9))
 '''
-    script = GUARDED.format(tests=str(Path(__file__).parent), outside=wall if outside else '')
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if outside: assert done.returncode == -signal.SIGSEGV and 'inside' not in done.stdout, done
-    else: assert not done.returncode and 'inside' in done.stdout, done.stderr
+    assert in_guarded_memory(INSIDE, wall).returncode == -signal.SIGSEGV

@@ -1,10 +1,13 @@
 """The published sizes, built on meta from their configs: counts, seconds and memory."""
-import json
-import subprocess
-import sys
-from pathlib import Path
+import resource
+import time
+from collections import Counter
 
 import pytest
+import torch
+from apart import Apart
+
+from segquant_nb.graph import SegPattern, analyze
 
 SD3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
            joint_attention_dim=4096, pooled_projection_dim=2048, qk_norm='rms_norm')
@@ -38,37 +41,33 @@ SPLITS = {'FLUX.1-dev': {'6×3072': 38, '3×3072': 38, '2×3072': 1},
           'SD3.5-medium': {'9×1536': 13, '6×1536': 34, '2×1536': 2},
           'SDXL': {'2×5120': 60, '2×2560': 10}}
 
-MEASURE = '''
-import json, resource, sys, time
-from collections import Counter
-import diffusers, torch
-torch.set_num_threads(1)
-from segquant_nb.graph import SegPattern, analyze
-kind, config = json.loads(sys.argv[1])
-model_class = getattr(diffusers, kind)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
-before, start = peak(), time.process_time()  # of this process: others may be busy
-with torch.device('meta'): model = model_class.from_config(config)
-found = analyze(model)  # weights on meta, inputs guessed
-parts = Counter(f'{p.kind} {p.activation}' for l in found.linears.values() for p in l.inputs)
-splits = Counter(f'{len(l.outputs)}×{l.out_sizes[0]}' for l in found.linears.values() if len(l.outputs) > 1)
-unequal = [l for l in found.linears.values() if SegPattern.CONCAT2LINEAR in l.patterns]
-print(json.dumps(dict(
-    counts=list(found.counts().values()), parts=parts, splits=splits, seconds=time.process_time() - start,
-    megabytes=peak() - before, lines=len(repr(found).splitlines()),
-    unequal=[[l.in_sizes, [p.polarity for p in l.inputs]] for l in unequal],
-    convs=sum(len(l.inputs) > 1 for l in found.values() if l.type == 'Conv2d' and l.name.endswith('conv1')))))
-'''
+def peak() -> float:
+    "Megabytes that this process had at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+
+
+def measure(kind: str, config: dict, answer):
+    import diffusers
+    torch.set_num_threads(1)
+    model_class = getattr(diffusers, kind)
+    before, start = peak(), time.process_time()  # of this process: others may be busy
+    with torch.device('meta'): model = model_class.from_config(config)
+    found = analyze(model)  # weights on meta, inputs guessed
+    parts = Counter(f'{p.kind} {p.activation}' for l in found.linears.values() for p in l.inputs)
+    splits = Counter(f'{len(l.outputs)}×{l.out_sizes[0]}' for l in found.linears.values() if len(l.outputs) > 1)
+    unequal = [l for l in found.linears.values() if SegPattern.CONCAT2LINEAR in l.patterns]
+    answer.send(dict(
+        counts=tuple(found.counts().values()), parts=parts, splits=splits, seconds=time.process_time() - start,
+        megabytes=peak() - before, lines=len(repr(found).splitlines()),
+        unequal=[[l.in_sizes, [p.polarity for p in l.inputs]] for l in unequal],
+        convs=sum(len(l.inputs) > 1 for l in found.values() if l.type == 'Conv2d' and l.name.endswith('conv1'))))
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_full_size(name):
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', MEASURE, json.dumps(MODELS[name])],
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout.splitlines()[-1])
+    got = Apart(measure, *MODELS[name]).answer()
     print(f'\n{name}: {got["seconds"]:.1f} s, {got["megabytes"]:.0f} MB above the imports')
-    assert tuple(got['counts']) == (*COUNTS[name], 0)
+    assert got['counts'] == (*COUNTS[name], 0)
     assert {k: got['parts'].get(k) for k in KINDS[name]} == KINDS[name]
     assert got['splits'] == SPLITS[name]
     assert got['seconds'] < 15 and got['megabytes'] < 1500

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from quantizer_cases import pieces
 from torch import nn
 
 from segquant_nb.dualscale import DualScale
@@ -16,18 +17,12 @@ from segquant_nb.seglinear import EncodedWeight, Plan, SegLinear, fit_inputs, gr
 CODES = {'int8': (-128, 127), 'int6': (-32, 31), 'int4': (-8, 7)}
 
 
-def cut(draw, total):
-    places = sorted(draw(st.sets(st.integers(1, max(total - 1, 1)), max_size=3)))
-    edges = [0, *[p for p in places if p < total], total]
-    return [b - a for a, b in zip(edges, edges[1:])]
-
-
 @st.composite
 def layers(draw):
     n, k = draw(st.integers(1, 9)), draw(st.integers(1, 17))
     recipes = [Quantizer('int8'), Quantizer('int8', symmetric=False), Quantizer('int4', axis=-1, dynamic=True),
                Quantizer('int6', axis=-1, dynamic=True, group=3), Quantizer('fp8e4m3', dynamic=True), Quantizer('fp16')]
-    inputs = [(size, draw(st.sampled_from(recipes))) for size in cut(draw, k)]
+    inputs = [(size, draw(st.sampled_from(recipes))) for size in pieces(draw, k, 3)]
     weight = Quantizer(draw(st.sampled_from(['int8', 'int4', 'int6', 'fp8e4m3', 'bf16'])), axis=draw(st.sampled_from([None, 1])),
                        group=draw(st.sampled_from([None, 1, 4])))
     if weight.dtype.is_int and draw(st.booleans()):
@@ -37,7 +32,7 @@ def layers(draw):
     smooth = torch.rand(k) + .5 if draw(st.booleans()) else None
     low_rank = (torch.randn(2, k), torch.randn(n, 2)) if draw(st.booleans()) else None
     blocks = [draw(st.sampled_from([1, size & -size])) for size, _ in inputs]
-    return SegLinear.of(layer, Plan(inputs, cut(draw, n), weight, blocks), torch.randn(20, k), smooth, low_rank), torch.randn(5, k)
+    return SegLinear.of(layer, Plan(inputs, pieces(draw, n, 3), weight, blocks), torch.randn(20, k), smooth, low_rank), torch.randn(5, k)
 
 
 @settings(max_examples=150, deadline=None)

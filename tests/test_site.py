@@ -45,6 +45,8 @@ def tools():
 
 @pytest.fixture(scope='module')
 def site(tools, tmp_path_factory) -> Path:
+    "Built here, or the one that SITE names: .ci/run has just built it"
+    if given := os.environ.get('SITE'): return Path(given).resolve()
     out = tmp_path_factory.mktemp('site')/'html'
     done = run_site(ROOT, out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,24 +106,32 @@ OVERFLOW = '''() => [document.documentElement, ...document.querySelectorAll('.co
     .filter(e => e.scrollWidth > e.clientWidth).map(e => `${e.scrollWidth} > ${e.clientWidth}`)'''
 
 
+def opened(context, url: str):
+    "A new page, on its way, and what will be heard of it"
+    page, trouble, requests = context.new_page(), [], []
+    page.on('console', lambda m: trouble.append(m.text) if m.type in ('error', 'warning') else None)
+    page.on('pageerror', lambda e: trouble.append(str(e)))
+    page.on('request', lambda r: requests.append(r.url))
+    page.on('response', lambda r: trouble.append(f'{r.status} {r.url}') if r.status >= 400 else None)
+    page.goto(url, wait_until='commit')
+    return page, trouble, requests
+
+
 @pytest.fixture(scope='module')
 def seen(site, address, browser) -> dict[str, dict]:
     "What a visitor of each page meets: trouble, requests, links, anchors, formulas, width on a phone"
-    seen = {}
-    context = browser.new_context(viewport=WIDE)
-    for path in sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html')):
-        page, trouble, requests = context.new_page(), [], []
-        page.on('console', lambda m, t=trouble: t.append(m.text) if m.type in ('error', 'warning') else None)
-        page.on('pageerror', lambda e, t=trouble: t.append(str(e)))
-        page.on('request', lambda r, rs=requests: rs.append(r.url))
-        page.on('response', lambda r, t=trouble: t.append(f'{r.status} {r.url}') if r.status >= 400 else None)
-        page.goto(address + path, wait_until='networkidle')
-        if page.locator('.math').count():
-            page.evaluate('() => window.MathJax?.startup?.promise')
-        seen[path] = page.evaluate(LOOK) | {'trouble': trouble, 'requests': requests}
-        page.set_viewport_size(PHONE)
-        seen[path]['too_wide'] = page.evaluate(OVERFLOW)
-        page.close()
+    seen, context = {}, browser.new_context(viewport=WIDE)
+    paths = sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html'))
+    for start in range(0, len(paths), 8):  # together they wait only once for half a second without requests
+        several = {path: opened(context, address + path) for path in paths[start:start + 8]}
+        for path, (page, trouble, requests) in several.items():
+            page.wait_for_load_state('networkidle')
+            if page.locator('.math').count():
+                page.evaluate('() => window.MathJax?.startup?.promise')
+            seen[path] = page.evaluate(LOOK) | {'trouble': trouble, 'requests': requests}
+            page.set_viewport_size(PHONE)
+            seen[path]['too_wide'] = page.evaluate(OVERFLOW)
+            page.close()
     context.close()
     return seen
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -55,25 +56,46 @@ class Launch:
     shared: int
 
 
+def kept(*parts) -> Path:
+    "A folder in the temporary one, under a name made of what goes into it"
+    key = hashlib.sha256(json.dumps([*parts, FLAGS, COMPILER]).encode()).hexdigest()[:20]
+    folder = Path(tempfile.gettempdir())/f'segquant-emulation-{os.getuid()}'/key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compiled(target: Path, *arguments) -> str:
+    "What the compiler complains about, if it does; others may look for the same file"
+    fresh = target.with_name(f'{os.getpid()}{target.suffix}')
+    done = subprocess.run([COMPILER, *FLAGS, *arguments, '-o', fresh], capture_output=True, text=True)
+    if done.returncode: return done.stderr
+    fresh.replace(target)
+
+
+@cache
+def emulator() -> Path:
+    "emulate.h, beside it what the compiler made of it: to read it takes a fifth of a build's time"
+    text = (HERE/'emulate.h').read_text()
+    header = kept(text)/'emulate.h'
+    if not (ready := header.with_name('emulate.h.gch')).exists():
+        header.write_text(text)
+        compiled(ready, '-x', 'c++-header', header)
+    return header
+
+
 def build(name: str, text: str, headers: dict, options: tuple, function: str) -> ctypes.CDLL:
-    "The source as a host library; kept in the temporary folder under a name made of what went in"
+    "The source as a host library; kept"
     assert COMPILER, 'the emulation needs a C++ compiler: c++, g++ or clang++'
     defines = [o for o in options if o.startswith('-D')]
-    emulator = (HERE/'emulate.h').read_text()
-    key = json.dumps([name, text, headers, defines, function, emulator, ENTRY, FLAGS, COMPILER])
-    folder = Path(tempfile.gettempdir())/f'segquant-emulation-{os.getuid()}'/hashlib.sha256(key.encode()).hexdigest()[:20]
+    folder = kept(name, text, headers, defines, function, str(emulator()), ENTRY)
     library = folder/'kernel.so'
     if not library.exists():
         for path, content in {**headers, name: text}.items():
             (folder/path).parent.mkdir(parents=True, exist_ok=True)
             (folder/path).write_text(content)
         (folder/'entry.cpp').write_text(ENTRY.format(source=name, function=function))
-        fresh = folder/f'{os.getpid()}.so'
-        done = subprocess.run([COMPILER, *FLAGS, *defines, '-include', HERE/'emulate.h', f'-I{folder}', '-o', fresh, folder/'entry.cpp'],
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f'{name} does not compile for the host:\n{done.stderr}')
-        fresh.replace(library)
+        if complaints := compiled(library, *defines, '-include', emulator(), f'-I{folder}', folder/'entry.cpp'):
+            raise RuntimeError(f'{name} does not compile for the host:\n{complaints}')
     return ctypes.CDLL(str(library))
 
 
@@ -140,13 +162,12 @@ class Gpu:
                                cuda=SimpleNamespace(nvrtc=nvrtc, runtime=runtime, Device=Context))
 
 
-def start(launcher, grid, stream, numbers):
+def start(room):
     "What the driver does with the memory that a `Launcher` has laid out: what it finds there is what runs"
+    launcher = room.launcher
     raw, gpu = launcher.kernel.raw, RUNNING[-1]  # a launcher may outlive the GPU that it was made on
-    with launcher.lock:
-        launcher.format.pack_into(launcher.room, 0, *grid, *launcher.block, launcher.shared, stream, 0, 0, *numbers)
-        values = launcher.format.unpack_from(launcher.room)
-        found = [ctypes.string_at(place, struct.calcsize(part)) for place, part in zip(launcher.given[2], launcher.arguments)]
+    values = launcher.format.unpack_from(room.bytes)
+    found = [ctypes.string_at(place, struct.calcsize(part)) for place, part in zip(room.given[2], launcher.arguments)]
     arguments = tuple(np.frombuffer(bytes(data), KINDS.get(part, f'V{len(data)}'))[0] for part, data in zip(launcher.arguments, found))
     assert launcher.shared <= min(raw.max_dynamic_shared_size_bytes, gpu.max_shared), f'{launcher.shared} bytes of shared memory'
     def trimmed(dims): return tuple(dims[:max((i + 1 for i in range(3) if dims[i] != 1), default=1)])
@@ -173,17 +194,19 @@ def _as_cupy(module):
 @contextmanager
 def emulated_gpu(seed: int = 0, early_copies: bool = False, run: bool = True, capability: tuple[int, int] = (8, 0),
                  processors: int = 108):
-    "Inside, kernels launch on CPU tensors; `run=False` only records"
-    gpu = Gpu(seed, early_copies, run)
+    "Inside, kernels launch on CPU tensors; `run=False` only records. What `torch.empty` gives is poisoned"
+    gpu, poisoning = Gpu(seed, early_copies, run), torch.are_deterministic_algorithms_enabled()
     with (tempfile.TemporaryDirectory() as cache, _as_cupy(gpu.cupy()), mock.patch.dict(os.environ, XDG_CACHE_HOME=cache),
           mock.patch.multiple(cuda, _DEVICE='cpu', cuda_problem=lambda *_: None, _stream=lambda device: 0, _is_current=lambda device: True, _capability=lambda device: capability,
                               _processors=lambda device: processors),
-          mock.patch.object(cuda.Launcher, '_start', start)):
+          mock.patch.object(cuda.Room, 'start', start)):
         forget()
         RUNNING.append(gpu)
+        torch.use_deterministic_algorithms(True)  # what a kernel does not write is NaN, or the largest integer
         try:
             yield gpu
         finally:
+            torch.use_deterministic_algorithms(poisoning)
             RUNNING.pop()
             forget()
 

@@ -278,6 +278,7 @@ using std::fminf;
 static inline float __int2float_rn(int a) { return (float)a; }
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 static inline unsigned atomicMax(unsigned* at, unsigned value) { unsigned old = *at; *at = std::max(old, value); return old; }
+static inline int atomicAdd(int* at, int value) { int old = *at; *at = int(unsigned(old) + unsigned(value)); return old; }
 static inline unsigned __shfl_xor_sync(unsigned, unsigned value, int lane_mask) {
     struct In { unsigned value; int mask; };
     return emulate::together<In, unsigned>("__shfl_xor_sync", In{value, lane_mask}, [](In* in, unsigned* out) {
@@ -367,6 +368,7 @@ static inline void copy16_async(void* to, const void* from, int valid) {
     if (emulate::machine.early_copies) emulate::land(copy);
     else emulate::machine.current->open.push_back(copy);
 }
+static inline void copy16_async_near(void* to, const void* from, int valid) { copy16_async(to, from, valid); }
 static inline void copy16_async_once(void* to, const void* from, bool exists) { copy16_async(to, from, exists ? 16 : 0); }
 static inline void copies_commit() {
     auto* self = emulate::machine.current;
@@ -380,6 +382,11 @@ static inline unsigned warp_max(unsigned value) {
         std::fill(out, out + 32, most);
     });
 }
+
+// ---- common/overlap.cuh: kernels run one after the other
+static inline void let_next_kernel_start() {}
+static inline void wait_for_kernel_before() {}
+template <class V = Words4> static inline V load_fresh(const void* from) { return load_constant<V>(from); }
 
 // ---- mma/int8.cuh
 static inline void load_fragments(unsigned (&fragment)[4], const void* row) {
