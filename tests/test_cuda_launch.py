@@ -118,28 +118,67 @@ def test_tensors_on_a_cpu_are_refused_without_the_stand_in():
     with pytest.raises(ValueError, match='x is on cpu, kernels run on cuda'): quantize_cuda(torch.randn(5, 64), PackedColumns((64,)))
 
 
-@pytest.mark.parametrize('changed, said', [
-    (dict(hip='6.0'), 'AMD'), (dict(available=False), 'sees no NVIDIA GPU'), (dict(capability=(7, 5)), 'compute capability 7.5'),
-    (dict(cupy=None), 'CuPy cannot be imported.*cuda13'), (dict(runtime=12090), 'built for CUDA 12, PyTorch for CUDA 13.*cuda13'),
-    (dict(driver=12080), 'driver knows CUDA 12.*update'), (dict(nvrtc=OSError('libnvrtc.so.13: cannot open')), 'finds no NVRTC.*libnvrtc.so.13.*cuda13')])
-def test_what_is_missing_is_said_in_a_sentence_with_the_mend(changed, said, monkeypatch):
-    state = dict(hip=None, available=True, capability=(9, 0), runtime=13000, driver=13000, nvrtc=None) | changed
+TOO_OLD = ('The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading and installing a new version from the URL: '
+           'http://www.nvidia.com/Download/index.aspx Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver.')
+UNKNOWN = ('CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable CUDA_VISIBLE_DEVICES after program start. '
+           'Setting the available devices to be zero.')
+NO_LIBRARY = RuntimeError('CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open shared object file: No such file or directory')
+HALF_INSTALLED = ImportError('\n' + 64*'=' + '\nFailed to import CuPy.\n\nIf you installed CuPy via wheels (cupy-cudaXXX or cupy-rocm-X-X), make sure that …\n\nOriginal error:\n'
+                             '  ImportError: libcublas.so.13: cannot open shared object file: No such file or directory\n' + 64*'=' + '\n')
+NONE = 'No CUDA GPUs are available'
 
-    def version():
-        if state['nvrtc']: raise state['nvrtc']
-        return 13, 0
+
+@pytest.mark.parametrize('changed, said', [
+    (dict(hip='6.0'), 'AMD'),
+    (dict(cuda=None), r'is built without CUDA: .*pip install torch --index-url \S+cu130'),
+    (dict(available=False, knows=None, init=RuntimeError('Found no NVIDIA driver on your system. Please check …')), 'no NVIDIA driver.*install one for CUDA 13'),
+    (dict(available=False, knows=12020, init=RuntimeError(TOO_OLD)), r'The driver knows CUDA 12\.2 and PyTorch \S+ is built for CUDA 13: update the driver, or pip install torch .*cu126.*cuda12'),
+    (dict(available=False, knows=11040, init=RuntimeError(TOO_OLD)), r'The driver knows CUDA 11\.4 and PyTorch .* update the driver\.$'),
+    (dict(available=False, init=RuntimeError(NONE)), r'no NVIDIA GPU \(No CUDA GPUs are available\): see nvidia-smi\.$'),
+    (dict(available=False, init=RuntimeError(NONE), visible=''), r"nvidia-smi, and CUDA_VISIBLE_DEVICES, which is ''\.$"),
+    (dict(available=False, init=RuntimeError(UNKNOWN)), r'\(CUDA unknown error - this may be due to .*nvidia-smi'),
+    (dict(available=False, init=RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the 'spawn' start method")), 'forked subprocess'),
+    (dict(available=False), r'is_available\(\) is False'),
+    (dict(device=torch.device('cuda', 3), count=2), 'There is no cuda:3: PyTorch sees 2 GPUs, cuda:0 to cuda:1; see CUDA_VISIBLE_DEVICES'), (dict(device=1), 'no cuda:1: PyTorch sees 1 GPU, cuda:0;'),
+    (dict(capability=(7, 5)), 'Some GPU has compute capability 7.5: the kernels need 8.0'),
+    (dict(cupy=ModuleNotFoundError("No module named 'cupy'", name='cupy')), r'CuPy, which loads the kernels, is not installed: pip install "segquant-nb\[cuda13\]"'),
+    (dict(cupy=ModuleNotFoundError("No module named 'cuda'", name='cuda')), r"cannot be imported \(No module named 'cuda'\).*cuda13"),
+    (dict(cupy=HALF_INSTALLED), r'cannot be imported \(ImportError: libcublas.so.13: cannot open shared .*\): pip install'),
+    (dict(runtime=12090), 'built for CUDA 12, PyTorch for CUDA 13: pip uninstall cupy-cuda12x, then pip install .*cuda13'),
+    (dict(driver=12080), r'driver knows CUDA 12\.8 and CuPy 14\.2\.0 is built for CUDA 13: update the driver, or pip install'),
+    (dict(nvrtc=NO_LIBRARY), r'finds no NVRTC, the compiler \(CuPy failed to load libnvrtc\.so\.13.*cuda13'),
+    (dict(capability=(12, 1), archs=(75, 80, 89, 90, 100, 120)), 'NVRTC 13.0, the compiler, does not know sm_121: pip install -U nvidia-cuda-nvrtc')])
+def test_what_is_missing_is_said_in_a_sentence_with_the_mend(changed, said, monkeypatch):
+    "With what PyTorch and CuPy really raise"
+    state = dict(hip=None, cuda='13.0', available=True, knows=13000, init=None, count=1, device=None, capability=(9, 0), cupy=None, runtime=13020, driver=13000, nvrtc=None,
+                 archs=(75, 80, 89, 90), visible=None) | changed
+
+    def raising(name, value=None):
+        def f(*_):
+            if isinstance(state[name], Exception): raise state[name]
+            return value
+        return f
+
+    class Importer:
+        def find_spec(self, name, *_):
+            if name == 'cupy' and state['cupy']: raise state['cupy']
 
     numbers = SimpleNamespace(runtimeGetVersion=lambda: state['runtime'], driverGetVersion=lambda: state['driver'])
-    stub = SimpleNamespace(__version__='14.2.0', cuda=SimpleNamespace(runtime=numbers, nvrtc=SimpleNamespace(getVersion=version)))
-    monkeypatch.setitem(sys.modules, 'cupy', changed.get('cupy', stub))
-    monkeypatch.setattr(torch.version, 'hip', state['hip'])
-    monkeypatch.setattr(torch.version, 'cuda', '13.0')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: state['available'])
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: state['capability'])
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d=None: 'Some GPU')
-    problem = cuda.cuda_problem()
-    assert re.search(said, problem) and '\n' not in problem and problem.endswith('.')
-    with pytest.raises(RuntimeError, match=said): cuda.get_kernel('x.cu', 'x', torch.device('cuda', 0))
+    stub = SimpleNamespace(__version__='14.2.0', cuda=SimpleNamespace(runtime=numbers, nvrtc=SimpleNamespace(getVersion=raising('nvrtc', (13, 0)), getSupportedArchs=lambda: state['archs'])))
+    monkeypatch.delitem(sys.modules, 'cupy', raising=False)
+    if not state['cupy']: monkeypatch.setitem(sys.modules, 'cupy', stub)
+    monkeypatch.setattr(sys, 'meta_path', [Importer(), *sys.meta_path])
+    for place, name, value in ((torch.version, 'hip', state['hip']), (torch.version, 'cuda', state['cuda']), (torch.cuda, 'is_available', lambda: state['available']),
+                               (torch.cuda, 'init', raising('init')), (torch.cuda, 'device_count', lambda: state['count']), (cuda, '_driver_version', lambda: state['knows']),
+                               (torch.cuda, 'get_device_capability', lambda d=None: state['capability']), (torch.cuda, 'get_device_name', lambda d=None: 'Some GPU')):
+        monkeypatch.setattr(place, name, value)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if state['visible'] is not None: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', state['visible'])
+    problem = cuda.cuda_problem(state['device'])
+    assert re.search(said, problem) and '\n' not in problem and problem.endswith('.') and len(problem) < 250, problem
+    if state['device'] is None:
+        with pytest.raises(RuntimeError) as error: cuda.get_kernel('x.cu', 'x', torch.device('cuda', 0))
+        assert str(error.value) == problem
     monkeypatch.undo()
 
 
@@ -194,7 +233,7 @@ def test_two_launches_with_memory_between_them():
             x, y = torch.randn(M, 128), torch.randn(M, 40)
             assert torch.equal(again(x, None), linear(x)) and torch.equal(again(x, y), linear(x, y))
         assert len(again.known) == 4
-        for made, room, launches, _ in again.known.values():
+        for made, room, launches, *_ in again.known.values():
             assert len(launches) == 2 and [shape[1] for shape, *_ in made] == [40] and room >= 9*192
         (y, z), kept = (again(x, None), again(x, None)), x.clone()
         assert y.data_ptr() != z.data_ptr() and torch.equal(x, kept)  # no memory of its own
@@ -249,9 +288,9 @@ def test_tensor_maps_move_along():
 def test_an_error_of_the_driver_is_a_sentence(monkeypatch):
     with emulated_gpu():
         start = cuda.Launcher(cuda.get_kernel('quantize/sm80_unpack_int4.cu', 'unpack_int4', torch.device('cpu')), (64,), 'P P q')
-        monkeypatch.setattr(cuda.Launcher, '_start', lambda *_: 701)
+        monkeypatch.setattr(cuda.Room, 'start', lambda *_: 701)
         monkeypatch.setattr(cuda, '_driver', lambda: SimpleNamespace(cuGetErrorString=lambda status, text: setattr(text._obj, 'value', b'too many resources')))
-        with pytest.raises(RuntimeError, match='unpack_int4 was not launched: too many resources .error 701, grid .3,., block .64, 1, 1.'): start((3,), 0, 0, 0)
+        with pytest.raises(RuntimeError, match='unpack_int4 was not launched: too many resources .error 701, grid .3, 1, 1., block .64, 1, 1.'): start((3,), 0, 0, 0)
 
 
 def test_a_number_too_large_for_its_place_is_refused():
@@ -270,3 +309,33 @@ def test_a_full_disk_is_no_obstacle():
     with emulated_gpu(run=False) as gpu, mock.patch.object(cuda.os, 'replace', replace):
         cuda.unpack_int4_cuda(torch.zeros(2, 16, dtype=torch.uint8))
     assert len(gpu.launches) == 1 and len(tried) == 2 and tried[0].name == tried[1].name
+
+
+def test_another_gpu_is_made_the_current_one_for_a_launch():
+    "And for a repeated call: its memory is asked for there, and its kernels start there"
+    import contextlib
+    made = []
+    def current(device): return bool(made) and made[-1] == 'inside'
+    @contextlib.contextmanager
+    def device(d):
+        made.append('inside')
+        try: yield
+        finally: made.append('outside')
+    columns, given = PackedColumns((64,)), torch.randn(5, 64)
+    with emulated_gpu() as gpu, mock.patch.object(cuda, '_is_current', current), mock.patch.object(torch.cuda, 'device', device):
+        again = cuda.Repeated(lambda x: quantize_cuda(x, columns))
+        for n in range(1, 5):
+            y = again(given)
+            assert made.count('inside') == made.count('outside') == n == len(gpu.launches)
+        assert all(again.known.values()) and torch.equal(y.codes, quantize_cuda(given, columns).codes)
+
+
+def test_a_repeated_call_goes_to_the_stream_of_now():
+    columns, x, streams = PackedColumns((64,)), torch.randn(5, 64), []
+    with emulated_gpu():
+        start = cuda.Room.start
+        with mock.patch.object(cuda.Room, 'start', lambda room: streams.append(room.launcher.format.unpack_from(room.bytes)[7]) or start(room)):
+            again = cuda.Repeated(lambda x: quantize_cuda(x, columns))
+            for stream in (5, 5, 5, 6, 7):
+                with mock.patch.object(cuda, '_stream', lambda device: stream): again(x)
+    assert streams == [5, 5, 5, 6, 7]

@@ -9,9 +9,11 @@
 
 #ifdef __CUDACC__
 #define SQ_INLINE __device__ __forceinline__
+#define SQ_MEMBER __device__ __forceinline__
 #define SQ_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
 #define SQ_INLINE static inline
+#define SQ_MEMBER inline
 #endif
 
 typedef signed char int8;

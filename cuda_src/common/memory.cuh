@@ -26,6 +26,11 @@ SQ_INLINE void copy16_async(void* to, const void* from, int valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
 }
+// The same by way of the multiprocessor's own cache, for neighbors of these bytes that are copied next.
+SQ_INLINE void copy16_async_near(void* to, const void* from, int valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+}
 // All sixteen bytes or none, of data that nobody will read again: first to leave the cache, so that what is small and wanted by
 // all stays.
 SQ_INLINE void copy16_async_once(void* to, const void* from, bool exists) {
