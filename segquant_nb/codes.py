@@ -7,6 +7,8 @@ __all__ = ['PackedColumns', 'Codes', 'quantize_reference', 'column_tables', 'dua
            'CodesKernel', 'quantize_cuda']
 
 # %% ../nbs/42_codes.ipynb #476ab687
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -15,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda import Launcher, check_device, check_tensor, get_kernel, gpu_processors
+from .cuda import (Launcher, check_device, check_tensor, get_kernel, gpu_arch,
+                              gpu_processors)
 from .formats import DType, encode, pack_int4, spread, _usable
 from .quartz import drop_bits, find_flags, restore_bits
 from .seglinear import _check_blocks, rotate_columns
@@ -27,7 +30,10 @@ class PackedColumns:
     sizes: tuple[int, ...]  # columns of each segment, in order
 
     def __post_init__(self):
-        object.__setattr__(self, 'sizes', tuple(map(int, self.sizes)))
+        try: object.__setattr__(self, 'sizes', tuple(map(operator.index, self.sizes)))
+        except TypeError:
+            raise TypeError(f'sizes={self.sizes!r}: expected whole numbers, the columns of each '
+                            'segment.') from None
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f'sizes={self.sizes}: expected the columns of each segment, '
                              '1 or more.')
@@ -63,6 +69,8 @@ class PackedColumns:
         codes: Tensor,  # (N, columns)
     ) -> Tensor:  # (N, width), padded with zeros
         "Codes in packed columns"
+        if not isinstance(codes, Tensor):
+            raise TypeError(f'codes: expected a tensor, got {type(codes).__name__}.')
         if codes.ndim != 2 or codes.shape[1] != self.columns:
             raise ValueError(f'codes have shape {tuple(codes.shape)}: expected '
                              f'(any, {self.columns}), the columns of the segments {self.sizes}.')
@@ -227,14 +235,23 @@ class Layout(NamedTuple):
     resident: int  # blocks of a multiprocessor
 
 
-def _layout(vectors: int) -> Layout:
-    "For rows of so many vectors of 16 columns"
-    chunks = 1 if vectors <= 1024 else 2 if vectors <= 2048 else 4
-    across = -(-vectors//(32*chunks))*32
-    if across > 1024:
+def _layout(
+    vectors: int,  # of 16 columns, in a row
+    best: int = 3,  # vectors of a thread that suit it
+    registers: tuple[int, int] = (44, 12),  # that a thread needs, and more for each vector
+    narrow: bool = True,  # may rows share a warp?
+) -> Layout:
+    "Few threads idle, and about `best` vectors for each"
+    if vectors > 4096:
         raise ValueError(f'{16*vectors} packed columns: the kernel holds rows of up to 65536.')
-    down = max(1, 128//across)
-    return Layout(chunks, across, down, max(1, (1024 if down > 1 else 1152)//(across*down)))
+    def held(across): return -(-vectors//across)
+    def cost(across):
+        return across*held(across)*(1 + .04*abs(held(across) - best) + .06*(across > 512))
+    widths = (*range(1024, 31, -32), *(16, 8)*narrow)
+    across = min((n for n in widths if held(n) <= 6), key=cost)
+    chunks, down = held(across), 1 if across > 32 else 128//across
+    needed = registers[0] + registers[1]*chunks
+    return Layout(chunks, across, down, max(1, 65536//(across*down*needed)))
 
 
 class _Pass:
@@ -244,57 +261,78 @@ class _Pass:
         self.columns, self.device, self.group = columns, device, quartz or 16
         self.terms, self.smooth, self.packed = len(columns.sizes)*(1 + dual), smooth, packed
         self.format = _format(dtype, dual, quartz, packed, rounded)
-        self.layout = layout or _layout(columns.width//16)
+        self.layout, self.dual = layout, dual
         self.storage = torch.uint8 if packed else dtype.storage
         self.width = columns.width//(1 + packed)  # of a row of codes, in bytes
         starts, _, source = column_tables(columns, device)
         self.tables = (starts, source, dual_table(duals, columns, device),
                        block_table(blocks, columns, device))
         self.mixing = _mixing(columns, blocks)
+        self.block = blocks[0] if self.mixing and len(set(blocks)) == 1 else 0
         self.defines = dict(FORMAT=self.format, ROUNDED=rounded, DUAL=dual, DYNAMIC=dynamic,
-                            ROTATE=self.mixing, SEGMENTED=len(columns.sizes) > 1,
-                            GROUP=self.group, **dict(zip(('CHUNKS', 'ACROSS', 'DOWN', 'RESIDENT'),
-                                                         self.layout)))
+                            ROTATE=self.mixing, BLOCK=self.block,
+                            SEGMENTED=_segmented(columns),
+                            GROUP=self.group)
         self.variants = {}
+        # Fewer rows than this want more threads each, or processors stay idle
+        self.spread = 768*gpu_processors(device)//(columns.width//16)
 
-    def variant(self, dtype: torch.dtype, aligned: bool, more: str, room: int, defines: dict):
+    def layout_for(self, dtype: torch.dtype, few: bool, defines: dict) -> Layout:
+        "What suits the values that a thread has to hold"
+        vectors, segmented = self.columns.width//16, len(self.columns.sizes) > 1
+        mixed = self.mixing or self.smooth
+        if few: return _layout(vectors, 1, (44, 17 if mixed else 12), False)
+        narrow = not (self.mixing or segmented)
+        if defines.get('PRODUCER') in (1, 2): return _layout(vectors, 3, (50, 24), narrow)
+        if dtype == torch.float32: return _layout(vectors, 2, (44, 24), narrow)
+        if mixed: return _layout(vectors, 2, (44, 17), narrow)
+        return _layout(vectors, narrow=narrow)
+
+    def variant(self, dtype: torch.dtype, aligned: bool, few: bool, more: str, room: Callable,
+                defines: dict):
         "Launcher, rows of a block, most blocks, and the arguments that stay; compiled on first use"
-        columns, (chunks, across, down, resident) = self.columns, self.layout
-        if dtype == torch.float32 and chunks > 1:  # one check on a GPU failed there
-            raise ValueError(f'x is float32 and has {columns.width} packed columns: the kernel '
-                             'holds 16384 of them at most, see x.to(torch.bfloat16).')
+        columns, layout = self.columns, self.layout or self.layout_for(dtype, few, defines)
+        chunks, across, down, resident = layout
+        room = room(dtype, layout, defines)
         aligned = aligned and not any(n*dtype.itemsize % 16 for n in columns.sources)
-        threads, warps, segmented = across*down, across//32, len(columns.sizes) > 1
+        warps, segmented = -(-across//32), len(columns.sizes) > 1
         if self.defines['DYNAMIC']:
             room += 4*down*(3*self.terms if segmented else 2*self.terms*warps)
         if self.mixing:
-            room += 4*_WINDOW*down*(warps if self.mixing == 1 else -(-chunks*across//32))
-        kept, most = 64*chunks*threads, min(96*1024, 200*1024//resident)
-        smooth = self.smooth*(1 + (room + kept <= most))
-        room += kept*(smooth == 2)
-        if room > 96*1024:
+            room += 4*_WINDOW*(across*down//32 if self.mixing == 1 else down*-(-chunks*across//32))
+        room += 64*chunks*across*self.smooth
+        sent = 2*(1 + defines.get('GATED', 0))*chunks*across*down*16*dtype.itemsize
+        most = 1024*_SHARED.get(gpu_arch(self.device), 99)
+        staged = aligned and room + sent <= most
+        room += sent*staged
+        layout = layout._replace(resident=max(1, min(resident, most//(room + 1024))))
+        if room > most:
             raise ValueError(f'{columns.width} packed columns: the kernel has no room in shared '
                              'memory to make or mix rows of this length, do that before.')
         kernel = get_kernel(
             'quantize/sm80_codes.cu', 'codes', self.device, room if room > 48*1024 else 0,
-            INPUT=_INPUTS[dtype], ALIGNED=aligned, SMOOTH=smooth,
-            WHOLE=aligned*self._whole(), **self.defines,
-            **(defines or dict(PRODUCER=0)))
-        run = Launcher(kernel, (across, down), 'P q i P P i i P P P P i P P ' + more, room)
+            INPUT=_INPUTS[dtype], ALIGNED=aligned, STAGED=staged, SMOOTH=self.smooth,
+            WHOLE=aligned*self._whole(layout), **self.defines, **defines or dict(PRODUCER=0),
+            **dict(zip(('CHUNKS', 'ACROSS', 'DOWN', 'RESIDENT'), layout)))
+        run = Launcher(kernel, (across, down), 'P q i P P i i i P P P P i P P ' + more, room)
         starts, source, duals, blocks = (0 if t is None else t.data_ptr() for t in self.tables)
-        stay = starts, source, len(columns.sizes), columns.width
-        return run, down, resident*gpu_processors(self.device), stay, (duals, blocks)
+        stay = starts, source, len(columns.sizes), columns.columns, columns.width
+        return run, down, layout.resident*gpu_processors(self.device), stay, (duals, blocks)
+
+    def _whole(self, layout: Layout) -> int:
+        "Have segments whole vectors of 16 columns (1), and is there one for each place (2)?"
+        sizes, room = self.columns.sizes, 16*layout.chunks*layout.across
+        return 0 if any(n % 16 for n in sizes) else 1 + (sum(sizes) == room)
 
 
-    def _whole(self) -> int:
-        "Have segments whole vectors of 16 columns (1), and each thread one of them (2)?"
-        columns, (chunks, across, *_) = self.columns, self.layout
-        return 0 if any(n % 16 for n in columns.sizes) else 1 + (columns.columns
-                                                                 == 16*chunks*across)
-
-
+_SHARED = {'sm_80': 163, 'sm_90a': 227, 'sm_100': 227}  # KB that a block may have; elsewhere 99
 _WINDOW = 672  # floats of shared memory that 512 columns change hands in
 _pass = lru_cache(maxsize=None)(_Pass)
+
+
+def _segmented(columns: PackedColumns) -> int:
+    "0: one segment; 2: they lie among codes as in the input; else 1"
+    return (len(columns.sizes) > 1)*(1 + (columns.width == columns.columns))
 
 
 def _mixing(columns: PackedColumns, blocks: tuple[int, ...] | None) -> int:
@@ -307,6 +345,30 @@ def _here() -> torch.device:
     "The current GPU"
     cuda = torch.cuda.is_available()
     return torch.device('cuda', torch.cuda.current_device()) if cuda else torch.device('cpu')
+
+
+def _gpu(device: torch.device | str | int) -> torch.device:
+    "With its number; refused if kernels cannot run there"
+    device = torch.device(device)
+    if device == torch.device('cuda'): device = _here()
+    try: check_device(torch.zeros(0, device=device), 'x')
+    except ValueError:
+        raise ValueError(f'device={device}: kernels run on an NVIDIA GPU, expected cuda, or '
+                         'cuda and its number.') from None
+    return device
+
+
+def _check_columns(columns: PackedColumns):
+    if not isinstance(columns, PackedColumns):
+        raise TypeError(f'columns is a {type(columns).__name__}: expected PackedColumns, see '
+                        'PackedColumns(sizes).')
+
+
+def _each(values: tuple | None, name: str) -> tuple | None:
+    try: return None if values is None else tuple(values)
+    except TypeError:
+        raise TypeError(f'{name} is a {type(values).__name__}: expected a tuple with an entry '
+                        'for each segment.') from None
 
 
 class CodesKernel:
@@ -328,13 +390,18 @@ class CodesKernel:
         device: torch.device | None = None,  # None: where the scales are, or the current GPU
         layout: Layout | None = None,  # None: what suits most rows
     ):
+        _check_columns(columns)
+        if quartz is not None and not isinstance(quartz, int):
+            raise TypeError(f'quartz is a {type(quartz).__name__}: expected 16 or 32.')
         known = next((t.device for t in (scale, smooth) if isinstance(t, Tensor)), None)
-        self.device = device = device or known or _here()
+        self.device = device = _gpu(device or known or _here())
         self.columns, self.scale, self.smooth = columns, scale, smooth
         self.made = made = _pass(columns, DType(dtype), scale is None, dual, smooth is not None,
-                                 quartz, packed, duals and tuple(duals), rounded,
-                                 blocks and tuple(blocks), device, layout)
-        if scale is not None: check_scale(scale, made.terms, scale.shape[-1], device)
+                                 quartz, packed, _each(duals, 'duals'), rounded,
+                                 _each(blocks, 'blocks'), device, layout)
+        if scale is not None:
+            rows = scale.shape[-1] if isinstance(scale, Tensor) and scale.ndim else 1
+            check_scale(scale, made.terms, rows, device)
         if smooth is not None:
             check_tensor(smooth, 'smooth', torch.float32, (columns.width,), device)
         self.smooth_at = 0 if smooth is None else smooth.data_ptr()
@@ -369,17 +436,16 @@ class CodesKernel:
                                  device=self.device)
         if not M: return Codes(codes, scale, shifts)
         at, step = x.data_ptr(), stride*dtype.itemsize
-        key = dtype, aligned and not (at % 16 or step % 16), *defines.values()
+        key = dtype, aligned and not (at % 16 or step % 16), M < made.spread, *defines.values()
         if key not in made.variants:
-            made.variants[key] = made.variant(*key[:2], self.more, self._room(dtype, defines),
-                                              defines)
+            made.variants[key] = made.variant(*key[:3], self.more, self._room, defines)
         run, down, most, stay, tables = made.variants[key]
         run((min(-(-M//down), most),), at, step, M, *stay, self.smooth_at, *tables,
             scale.data_ptr(), scale.shape[1], codes.data_ptr(),
             0 if shifts is None else shifts.data_ptr(), *extra)
         return Codes(codes, scale, shifts)
 
-    def _room(self, dtype: torch.dtype, defines: dict) -> int:
+    def _room(self, dtype: torch.dtype, layout: Layout, defines: dict) -> int:
         "Bytes of shared memory that a subclass needs for itself"
         return 0
 
@@ -398,6 +464,7 @@ def quantize_cuda(
     blocks: tuple[int, ...] | None = None,  # columns to mix in each segment; None: none
 ) -> Codes:  # bit for bit what `quantize_reference` gives
     "Activations to codes in one pass; for many calls see `CodesKernel`"
+    _check_columns(columns)
     _check_rows(x, columns.columns)
     return CodesKernel(columns, dtype, scale, dual, smooth, quartz, packed, duals, rounded, blocks,
                        x.device)(x)

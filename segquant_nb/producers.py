@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codes import Codes, CodesKernel, PackedColumns, _INPUTS
+from .codes import Codes, CodesKernel, Layout, PackedColumns, _INPUTS
 from .cuda import check_tensor
 
 # %% ../nbs/46_producers.ipynb #d2076383
@@ -75,6 +75,9 @@ class NormCodes(CodesKernel):
         **kwargs,  # as for CodesKernel
     ):
         if kind not in _KINDS: raise ValueError(f'kind={kind!r}: expected layer or rms.')
+        if not isinstance(eps, (int, float)) or not eps >= 0:
+            told = repr(eps) if isinstance(eps, (int, float, str)) else type(eps).__name__
+            raise ValueError(f'eps={told}: expected a number, 0 or more.')
         super().__init__(columns, *args, **kwargs)
         for t, name in ((weight, 'weight'), (bias, 'bias')):
             if t is not None: check_tensor(t, name, tuple(_INPUTS), (columns.columns,), self.device)
@@ -108,11 +111,10 @@ class NormCodes(CodesKernel):
                          WEIGHT=self.weight is not None, BIAS=self.bias is not None,
                          SCALED=scale is not None, SHIFTED=shift is not None)
 
-    def _room(self, dtype: torch.dtype, defines: dict) -> int:
-        chunks, across, down, _ = self.made.layout
-        vectors = sum(defines[k] for k in ('WEIGHT', 'BIAS', 'SCALED', 'SHIFTED'))
-        return (vectors*chunks*across*down*16*dtype.itemsize
-                + -(-down*4*chunks*(across//32)*4//16)*16)
+    def _room(self, dtype: torch.dtype, layout: Layout, defines: dict) -> int:
+        chunks, across, down, _ = layout
+        groups = -(-chunks*across//32)  # of 512 columns
+        return -(-down*4*groups*4//16)*16
 
 
 _KINDS = {'layer': 1, 'rms': 2}

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from emulate import COMPILER, emulated_gpu
-from test_cuda_emulated import activations, poisoned_results, same  # noqa: F401, a fixture
+from emulate.cases import activations, same
 
 import segquant_nb.cuda as cuda
 from segquant_nb.codes import CodesKernel, Layout, PackedColumns, quantize_cuda, quantize_reference
@@ -37,7 +37,9 @@ def test_rotations(sizes, blocks, dtype, options):
 
 @pytest.mark.parametrize('sizes, options, layout', [
     ((300, 84), dict(dual=True), Layout(1, 32, 1, 1)), ((500,), dict(quartz=32), Layout(1, 32, 2, 1)), ((1000,), dict(dtype='int4', packed=True), Layout(2, 32, 1, 1)),
-    ((520, 24), dict(dual=True, duals=(False, True)), Layout(2, 32, 1, 1)), ((600,), dict(), Layout(1, 64, 1, 1))])
+    ((520, 24), dict(dual=True, duals=(False, True)), Layout(2, 32, 1, 1)), ((600,), dict(), Layout(1, 64, 1, 1)), ((640,), dict(dual=True, blocks=(128,)), Layout(5, 8, 4, 1)),
+    ((600,), dict(dual=True), Layout(5, 8, 8, 1)), ((500,), dict(quartz=32, rounded=True), Layout(2, 16, 4, 1)), ((1500, 300), dict(dual=True), Layout(2, 64, 1, 1)), ((1024,), dict(dual=True), Layout(1, 64, 1, 1)),
+    ((1536,), dict(quartz=16), Layout(3, 32, 4, 1))])
 def test_rows_come_by(sizes, options, layout):
     "One block for all rows: what it keeps from one row to the next must not stick to it"
     columns = PackedColumns(sizes)
@@ -100,7 +102,8 @@ def test_a_norm_whose_rows_come_by():
     shift, scale = emb.chunk(2, 1)
     with emulated_gpu(2, processors=1):
         run = NormCodes(columns, layout=Layout(1, 64, 1, 1))
-        runs = [run(x, shift, scale), run(x, shift[:, None], scale[:, None]), NormCodes(columns, layout=Layout(2, 32, 1, 1))(x, shift, scale)]
+        runs = [run(x, shift, scale), run(x, shift[:, None], scale[:, None]), *(NormCodes(columns, layout=Layout(*layout))(x, shift, scale)
+                for layout in ((2, 32, 1, 1), (4, 16, 2, 1), (8, 8, 4, 1)))]
     want = quantize_reference(norm_reference(x, shift, scale, columns=columns), columns)
     assert all(same(got, want) for got in runs)  # sums do not depend on how many threads share a row
 
@@ -126,12 +129,29 @@ def test_an_activation_of_what_is_not_finite():
     assert got.codes[1:, 9].tolist() == [0, 127, 127]
 
 
+@pytest.mark.parametrize('options', [dict(), dict(dual=True), dict(dtype='int4', packed=True), dict(dtype='int4', dual=True), dict(quartz=16), dict(quartz=32, rounded=True)], ids=str)
+def test_products_find_the_codes_of_quotients(options, monkeypatch):
+    "For every bfloat16 down to 2^-8 of every largest value in a row; the question whether they do is needed"
+    mantissas = torch.arange(128., 256)
+    x = torch.cat([mantissas*2.**-e for e in range(9)]).repeat(128, 1)
+    x[x > mantissas[:, None]] = 0
+    x, columns = torch.cat([x, -x], 1).bfloat16(), PackedColumns((2304,))
+    want = quantize_reference(x, columns, **options)
+    with emulated_gpu(): assert same(CodesKernel(columns, **options)(x), want)
+    sources, asked = dict(cuda.cuda_sources()), '    if (below) return'
+    assert sources['quantize/rounding.cuh'].count(asked) == 1
+    sources['quantize/rounding.cuh'] = sources['quantize/rounding.cuh'].replace(asked, '    return true;\n' + asked)
+    monkeypatch.setattr(cuda, 'cuda_sources', lambda: sources)
+    with emulated_gpu(): assert not same(CodesKernel(columns, **options)(x), want)
+
+
 BREAKS = [  # source, what is broken
     ('quantize/sm80_codes.cu', 'rooms[i] = 0;\n    __syncthreads();', 'rooms[i] = 0;'), ('quantize/sm80_codes.cu', '    __syncthreads();\n    return most;', '    return most;'),
     ('quantize/sm80_codes.cu', '(turn + 1) % 3', 'turn % 3'), ('quantize/rounding.cuh', 'value[i] = fmaf(fmaf(-scale, near, value[i]), inverse, near);', 'value[i] = near;'),
     ('quantize/rounding.cuh', '(bytes & 0x7f7f7f7fu)', 'bytes'), ('quantize/sm80_codes.cu', '        __syncwarp();\n        rotate_across', '        rotate_across'),
     ('quantize/rotation.cuh', '(i) / NEIGHBORS / 8 * 16', '0'), ('quantize/produce.cuh', '        __syncthreads();\n        total', '        total'),
-    ('quantize/produce.cuh', 'v[i] = i < at[c].count ? v[i] : 0.f', ';'), ('quantize/sm80_codes.cu', 'image != row / rows_of_image', 'image < 0')]
+    ('quantize/produce.cuh', '(WHOLE ? 0 : i) < at[c].count ?', 'true ?'), ('quantize/sm80_codes.cu', 'row / rows_of_image : 0', '0 : 0'),
+    ('quantize/sm80_codes.cu', 'copies_wait<1>();\n        __syncwarp();', '__syncwarp();'), ('quantize/sm80_codes.cu', '(turn + 1) % 2 * TENSORS', 'turn % 2 * TENSORS')]
 
 
 @pytest.mark.parametrize('file, right, wrong', BREAKS, ids=[f'{b[0].split("/")[1]}-{i}' for i, b in enumerate(BREAKS)])
@@ -141,18 +161,21 @@ def test_a_broken_kernel_is_noticed(file, right, wrong, monkeypatch):
     sources[file] = sources[file].replace(right, wrong)
     monkeypatch.setattr(cuda, 'cuda_sources', lambda: sources)
     i = BREAKS.index((file, right, wrong))
-    columns = PackedColumns((620,) if i > 3 else (300, 300))
+    columns = PackedColumns((624,) if i > 9 else (620,) if i > 3 else (300, 300))
     x = ((torch.arange(20*columns.columns) - 6000).view(20, -1)/8*torch.linspace(3, .1, 20)[:, None]).half()
     emb = torch.randn(4, 620, generator=torch.Generator().manual_seed(0)).half()
     options = dict(quartz=32) if i == 4 else dict(dual=i < 4)
     if i == 3: columns, options = PackedColumns((254,)), dict(scale=torch.rand(1, 20) + .1)
     if i == 3: x = (torch.arange(-127, 127) + .5)*options['scale'].T  # on ties, or next to them
     if i in (5, 6): columns, x, options = PackedColumns((512,)), x[:, :512], dict(blocks=(256,))
+    if i == 0: x = x.flip(1)  # the largest value is in the other warp than the one that makes room
+    layout = Layout(1, 64, 1, 1)  # two warps for a row: they have to meet
     differs = False
-    for seed in range(2):
-        with emulated_gpu(seed, processors=1):
+    for seed in range(8):
+        if differs: break
+        with emulated_gpu(seed, i == 11, processors=1):
             try:
-                if file == 'quantize/produce.cuh' or 'image' in right: differs |= not same(norm_codes(x, columns, shift=emb), quantize_reference(norm_reference(x, emb, columns=columns), columns))
-                else: differs |= not same(quantize_cuda(x, columns, **options), quantize_reference(x, columns, **options))
-            except RuntimeError as e: differs |= 'stuck' in str(e) or 'different operations' in str(e)
+                if file == 'quantize/produce.cuh' or 'image' in right: differs |= not same(norm_codes(x, columns, shift=emb, layout=layout), quantize_reference(norm_reference(x, emb, columns=columns), columns))
+                else: differs |= not same(CodesKernel(columns, layout=layout, **options)(x), quantize_reference(x, columns, **options))
+            except RuntimeError as e: differs |= any(told in str(e) for told in ('stuck', 'different operations', 'copies landed'))
     assert differs

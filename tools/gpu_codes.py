@@ -48,7 +48,7 @@ KINDS = ('static', 'dynamic', 'static dual', 'dynamic dual', 'smooth', 'dual, sm
 
 def check_codes(sizes, given):
     columns, given, wrong = PackedColumns(sizes), dict(given), []
-    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)[:2 + (columns.width <= 16384)]):
+    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
         x = activations(301, columns.columns, dtype, accidents=True)
         if i == 1: given['smooth'] = columns.pack(torch.rand(1, columns.columns, device=DEVICE) + .5)[0]
         if i == 2: x = torch.cat([x, x], 1)[:, columns.columns:]  # rows that lie apart
@@ -122,7 +122,7 @@ def check(found, limit):
 
 def copy_time(size, n):
     pairs = [(torch.empty(size//2, dtype=torch.uint8, device=DEVICE).random_(), torch.empty(size//2, dtype=torch.uint8, device=DEVICE)) for _ in range(n)]
-    return microseconds(lambda pair: pair[1].copy_(pair[0]), pairs)
+    return microseconds(lambda pair: pair[1].copy_(pair[0]), pairs, 5)
 
 
 def warm():
@@ -153,9 +153,9 @@ def time_codes(results, limit):
             given = options(name, columns, xs[0])
             moved = M*K*2 + M*columns.width//(1 + given.get('packed', 0))
             if moved not in copies: copies[moved] = copy_time(moved, len(xs))
-            took, copy = microseconds(CodesKernel(columns, device=DEVICE, **given), xs), copies[moved]
+            took, copy = microseconds(CodesKernel(columns, device=DEVICE, **given), xs, 3), copies[moved]
             row = dict(kind='codes', M=M, K=K, sizes=sizes, what=name, us=took, copy_us=copy)
-            if name in ('static', 'dynamic', 'dynamic dual'): row['eager_us'] = microseconds(lambda x: quantize_reference(x, columns, **given), xs[:2], 1)
+            if name in ('static', 'dynamic', 'dynamic dual') and K in (3072, 12288, 1280): row['eager_us'] = microseconds(lambda x: quantize_reference(x, columns, **given), xs[:2], 1)
             results.append(row)
             print(f'({M}, {K})'.ljust(15), f'{name:16} {took:8.2f} {moved/took/1e3:6.0f} {copy/took:9.0%} {row.get("eager_us", float("nan"))/took:8.1f}', flush=True)
         torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ def time_producers(results, limit):
             if time.time() - started > limit: return print('out of time')
             columns, run, _, model = produced(kind, xs[0], given)
             plain = CodesKernel(columns, device=DEVICE, **given)
-            took, apart = microseconds(run, xs), microseconds(lambda x: plain(model(x)), xs)
+            took, apart = microseconds(run, xs, 3), microseconds(lambda x: plain(model(x)), xs, 1)
             results.append(dict(kind='producer', what=kind, M=M, K=K, dual='dual' in given, us=took, copy_us=copy, unfused_us=apart))
             print(f'{kind:10} ({M}, {K}) {"dual" if given else "":5} {took:8.2f} µs {copy/took:5.0%} of a copy, unfused {apart:8.2f} µs: {apart/took:.1f}', flush=True)
         torch.cuda.empty_cache()
@@ -186,7 +186,7 @@ def time_down(results):
         for rank in (32, 64):
             down, run = (torch.randn(rank, K, device=DEVICE)*.1).bfloat16(), CodesKernel(columns, device=DEVICE)
             def both(x): run(x); F.linear(x, down)
-            row = dict(kind='down', M=M, K=K, rank=rank, pass_us=microseconds(run, xs), product_us=microseconds(lambda x: F.linear(x, down), xs), both_us=microseconds(both, xs))
+            row = dict(kind='down', M=M, K=K, rank=rank, pass_us=microseconds(run, xs, 3), product_us=microseconds(lambda x: F.linear(x, down), xs, 3), both_us=microseconds(both, xs, 3))
             results.append(row)
             print(f'({M}, {K}) rank {rank}: pass {row["pass_us"]:.1f} µs, product {row["product_us"]:.1f} µs, both {row["both_us"]:.1f} µs', flush=True)
         torch.cuda.empty_cache()
@@ -240,7 +240,9 @@ def main():
     if 'time' in args.only:
         time_launches(codes)
         time_codes(codes, args.limit)
+        write(args.codes, about, codes)
         time_producers(producers, args.limit/2)
+        write(args.producers, about, producers)
         time_down(codes)
     write(args.codes, about, codes)
     write(args.producers, about, producers)

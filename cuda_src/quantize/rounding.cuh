@@ -19,7 +19,8 @@
 // The steps of sixteen values, by polarity, with what the quotients need.
 struct Steps {
     float scale[PATHS], inverse[PATHS];
-    bool safe;  // far from the ends of float32, where an intermediate result could overflow or lose bits
+    bool safe;   // far from the ends of float32, where an intermediate result could overflow or lose bits
+    bool quick;  // no product with the inverse rounds to another code than the quotient
 };
 
 // What a magnitude is divided by to become a scale.
@@ -33,9 +34,22 @@ SQ_INLINE float scale_for(float magnitude, bool below) {
     return usable_scale(magnitude > 0x1p-100f ? scale : __fdiv_rn(magnitude, range));
 }
 
+// Values of 8 or 11 bits are divided by a scale that is one of them, over 127 or 7, rounded. Against a tie n/2, of an odd n, a
+// quotient is off by 2^-20 of itself at least, far more than a product can lose; unless it *is* a tie, but for the
+// scale's own rounding. So it is for n = 127 (or 7), which is half of the largest value: that one is tried. And it is for other n
+// if the scale came out exact. The scale over 128 (or 8), of negative values, always does: then a product finds the tie if the
+// inverse is close enough, or if the only n is 1, since an odd number of 8 bits times 3 has more than 8.
+#define FEW_BITS (DYNAMIC && !SMOOTH && !ROTATE && INPUT != 2 && FORMAT != 3)
+SQ_INLINE bool is_quick(float magnitude, float scale, float inverse, bool below) {
+    if (below) return __float_as_uint(magnitude) >> (INPUT ? 13 : 16) & 1u || fabsf(fmaf(-scale, inverse, 1.f)) <= 0x1p-25f;
+    const float half = .5f * magnitude, near = __fmul_rn(half, inverse);
+    return fmaf(-HIGHEST, scale, magnitude) != 0.f && (near < .5f * HIGHEST) == (fmaf(fmaf(-scale, near, half), inverse, near) < .5f * HIGHEST);
+}
+
 SQ_INLINE Steps steps_of(const float (&scale)[PATHS]) {
     Steps s;
     s.safe = true;
+    s.quick = false;
 #pragma unroll
     for (int p = 0; p < PATHS; ++p) {
         s.scale[p] = scale[p];
@@ -50,13 +64,24 @@ struct Extent { uint32 high, low; };
 
 SQ_INLINE bool is_finite(const Extent& e) { return e.high < 0x7f800000u && e.low < 0xff800000u; }
 
+// What the values of a thread allow: `clear` to divide them without accidents, `inside` that no quotient has to be clamped.
+struct Allowed { bool clear, inside; };
+
+SQ_INLINE Allowed allowed_by(const Steps& steps, const Extent& extent) {
+    const float most = __uint_as_float(extent.high) * steps.inverse[0], least = __uint_as_float(extent.low) * steps.inverse[PATHS - 1];
+    const bool clear = steps.safe && is_finite(extent) && most < 0x1p20f && least > -0x1p20f;
+    // A scale that was found in the row itself needs no clamp.
+    return {clear, clear && (DYNAMIC || (most <= HIGHEST && least >= LOWEST))};
+}
+
 // Sixteen values to quotients value/scale, each rounded once, as a division would. If `inverse` is 1/scale rounded once, the
 // product is off by one unit in the last place at most, its remainder is exact, and the remainder times the inverse
 // mends it (Markstein, 1990). A division takes many more instructions, and only the accidents need it.
-SQ_INLINE void divide(float (&value)[16], const Steps& steps, const Extent& extent) {
-    const float most = __uint_as_float(extent.high) * steps.inverse[0], least = __uint_as_float(extent.low) * steps.inverse[PATHS - 1];
-    const bool clear = steps.safe && is_finite(extent) && most < 0x1p20f && least > -0x1p20f;
-    if (clear) {
+SQ_INLINE void divide(float (&value)[16], const Steps& steps, const Allowed& allowed) {
+    if (FEW_BITS && allowed.clear && steps.quick) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) value[i] = __fmul_rn(value[i], DUAL && value[i] < 0.f ? steps.inverse[PATHS - 1] : steps.inverse[0]);
+    } else if (allowed.clear) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             const bool below = DUAL && value[i] < 0.f;  // no index: that would put the steps into memory
@@ -69,8 +94,7 @@ SQ_INLINE void divide(float (&value)[16], const Steps& steps, const Extent& exte
         for (int i = 0; i < 16; ++i) value[i] = __fdiv_rn(value[i], DUAL && value[i] < 0.f ? steps.scale[PATHS - 1] : steps.scale[0]);
     }
 #if FORMAT != 3
-    // A scale that was found in the row itself needs no clamp. NaN becomes zero.
-    if (!clear || (!DYNAMIC && (most > HIGHEST || least < LOWEST))) {
+    if (!allowed.inside) {  // NaN becomes zero
 #pragma unroll
         for (int i = 0; i < 16; ++i) value[i] = is_nan(value[i]) ? 0.f : fminf(fmaxf(value[i], LOWEST), HIGHEST);
     }
