@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['granule_columns', 'w8a8_reference', 'Operands', 'check_operands', 'check_codes', 'check_w8a8', 'check_residual',
-           'w8a8_naive', 'pick_tile', 'PortableLinear', 'w8a8_sm80', 'w8a16_sm80']
+           'w8a8_naive', 'pick_tile', 'PortableLinear', 'low_rank_sides', 'w8a8_sm80', 'w8a16_sm80', 'decode_cuda']
 
 # %% ../nbs/43_gemm.ipynb #1e054c7e
 from dataclasses import dataclass, replace
@@ -24,8 +24,9 @@ def granule_columns(
     group: int | None,  # packed columns that share a row of weight scales; None: a whole segment
 ) -> tuple[PackedColumns, tuple[int, ...]]:  # the pieces with scales of their own; their segments
     "Where the scales change: at the ends of segments and, inside of them, after every group"
+    _check_columns(columns)
     if group is None: return columns, tuple(range(len(columns.sizes)))
-    if group < 32 or group % 32:
+    if not isinstance(group, int) or group < 32 or group % 32:
         raise ValueError(f'group={group}: expected a multiple of 32, as many columns as a tensor '
                          'core takes at once; quantize the weight in other groups.')
     bounds, segments = [0], []
@@ -35,7 +36,24 @@ def granule_columns(
     sizes = tuple(end - start for start, end in zip(bounds, bounds[1:]))
     return PackedColumns(sizes), tuple(segments)
 
+
+def _check_columns(columns):
+    if not isinstance(columns, PackedColumns):
+        raise TypeError(f'columns is a {type(columns).__name__}: expected PackedColumns, such as '
+                        'PackedColumns((64, 128)).')
+
 # %% ../nbs/43_gemm.ipynb #defde32d
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    "a·b + c of float32, rounded once"
+    product = a.double()*b.double()  # exact
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)  # what rounding to 53 bits took away
+    bits = total.view(torch.int64)  # to an odd number where that was anything: no tie by accident
+    nudge = torch.where(lost.sign() == total.sign(), 1, -1)*(lost != 0)*(bits % 2 == 0)
+    return (bits + nudge).view(torch.float64).float()
+
+
 def w8a8_reference(
     codes: Tensor,  # (M, width) int8 or float8_e4m3fn, from `quantize_cuda`
     weight: Tensor,  # (N, width) as codes, from `PackedColumns.pack`; or `pack_int4` of that
@@ -53,16 +71,20 @@ def w8a8_reference(
     gate: Tensor | None = None,  # (images, N) float32; None: 1
 ) -> Tensor:  # (M, N)
     "The scaled product by PyTorch: the oracle of the kernels"
-    pieces, segments = granule_columns(columns or PackedColumns((codes.shape[1],)), group)
+    columns = columns or PackedColumns((codes.shape[1],))
+    pieces, segments = granule_columns(columns, group)
     if weight.dtype is torch.uint8: weight = unpack_int4(weight)
     total = torch.zeros(len(codes), len(weight), device=codes.device)
-    scale_w = scale_w.expand(len(segments), -1)
+    scale_w, within = scale_w.expand(len(segments), -1), {}
     for i, start, end, by_column in zip(segments, pieces.starts, pieces.ends, scale_w):
         part, w = codes[:, start:end].double(), weight[:, start:end].double()
         two = dual and (duals is None or duals[i])
         for p, half in enumerate((part.clamp(min=0), part.clamp(max=0)) if two else (part,)):
-            step = scale_x[i*(1 + dual) + p]
-            total += (half @ w.T).float()*(step[:, None]*by_column)
+            sums, step = (half @ w.T).float(), scale_x[i*(1 + dual) + p][:, None]
+            if len(segments) == len(columns.sizes): total += sums*(step*by_column)
+            else:  # groups are summed up first
+                within[p] = _multiply_add(sums, by_column, within.get(p, 0*sums))
+                if end in columns.ends: total += within.pop(p)*step
     if low_rank is not None:
         total = (total.double() + low_rank[0].double() @ low_rank[1].double().T).float()
     if bias is not None: total += bias
@@ -108,10 +130,11 @@ def check_operands(
 ) -> Operands:  # with its columns
     "Refuse what the kernels would misread of what stays"
     weight, width = check_tensor(fixed.weight, 'weight', formats, (None, None), device), fixed.width
-    N, device, columns = len(weight), weight.device, fixed.columns or PackedColumns((width,))
     if width % 64 or not width:
         raise ValueError(f'weight has {width} columns: expected a multiple of 64, see '
                          'PackedColumns.pack.')
+    if fixed.columns is not None: _check_columns(fixed.columns)
+    N, device, columns = len(weight), weight.device, fixed.columns or PackedColumns((width,))
     if columns.width != width:
         raise ValueError(f'weight has {width} columns, the segments {columns.sizes} take '
                          f'{columns.width} packed ones: see PackedColumns.')
@@ -123,7 +146,11 @@ def check_operands(
     check_tensor(fixed.scale_w, 'scale_w', torch.float32, wanted, device)
     if fixed.bias is not None: check_tensor(fixed.bias, 'bias', torch.float32, (N,), device)
     if fixed.up is not None: _check_rank(fixed.up, 'up', tuple(_BRANCHES), (N, None), device)
-    duals = fixed.duals and tuple(fixed.duals)
+    duals = fixed.duals
+    if duals is not None and not (isinstance(duals, (tuple, list))
+                                  and {*map(type, duals)} <= {bool, int}):
+        raise TypeError(f'duals={duals!r}: expected a flag for each segment, or None.')
+    duals = duals and tuple(duals)
     dual_table(duals, columns, device)
     return replace(fixed, columns=columns, duals=duals)
 
@@ -167,6 +194,8 @@ def check_w8a8(
 
 
 def _checked(codes, scale_x, fixed: Operands, formats, dtype) -> Operands:
+    if not isinstance(fixed.weight, Tensor): check_tensor(fixed.weight, 'weight', formats, ())
+    if fixed.columns is not None: _check_columns(fixed.columns)
     check_tensor(codes, 'codes', tuple({torch.int8, fixed.code_type}), (None, None))
     width, columns = codes.shape[1], fixed.columns
     if width % 64 or not width:
@@ -254,7 +283,8 @@ class PortableLinear:
         self.rank = 0 if fixed.up is None else fixed.up.shape[1]
         if self.form == 2: _check_ada(self.device)
         pieces, segments = granule_columns(fixed.columns, fixed.group)
-        self.pieces = len(segments)
+        self.pieces, inputs = len(segments), 1 if floats else len(fixed.columns.sizes)
+        self.scales = (inputs > 1) + 2*(self.pieces > inputs)  # SEGMENTED of sm80_s8_gemm.cu
         lengths = (end - start for start, end in zip(pieces.starts, pieces.ends))
         self.short = self.pieces > 1 and max(lengths) <= 256 and self.code_type is torch.int8
         ends = column_tables(pieces, self.device)[1]
@@ -274,13 +304,13 @@ class PortableLinear:
     ) -> tuple:  # kernel, grid, block, bytes of shared memory
         "What runs for so many rows"
         fixed, N, form = self.fixed, self.shape[0], self.form
-        crowded = fixed.dual or form == 2 and self.pieces > 1  # Hopper unpacks E4M3: registers
+        crowded = fixed.dual or self.scales == 3 or form == 2 and self.pieces > 1  # in registers
         BM, BN, WM, WN, stages = tile or pick_tile(
             M, N, crowded, gpu_processors(self.device), self.pieces > 1, form == 1)
         shared = (BM*64 + BN*_ROW_BYTES[form])*stages
         kernel = get_kernel(
             'mma/sm80_s8_gemm.cu', 's8_gemm', self.device, shared, FORMAT=form,
-            OUTPUT=_OUTPUTS[dtype], DUAL=fixed.dual, SEGMENTED=self.pieces > 1, SHORT=self.short,
+            OUTPUT=_OUTPUTS[dtype], DUAL=fixed.dual, SEGMENTED=self.scales, SHORT=self.short,
             HALF=self.floats is torch.float16,
             LOW_RANK=0 if fixed.up is None else _BRANCHES[fixed.up.dtype], RESIDUAL=residual,
             BM=BM, BN=BN, WM=WM, WN=WN, STAGES=stages)
@@ -335,6 +365,8 @@ class PortableLinear:
         out: Tensor | None = None,  # (M, N) of `dtype`, to write to instead of a new tensor
     ) -> Tensor:  # (M, N)
         "Launch; what is plainly right is not asked about in words"
+        if not isinstance(codes, Tensor) or codes.ndim != 2:
+            self.check(codes, scale_x, dtype, residual, gate, low, out)
         M, (N, width) = codes.shape[0], self.shape
         if self.floats is not None:
             self._check_floats(codes, scale_x, dtype)
@@ -371,6 +403,17 @@ def _granule_table(segments: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(segments, dtype=torch.int32, device=device)
 
 
+def low_rank_sides(
+    low_rank: tuple[Tensor, Tensor] | None,  # of a product
+) -> tuple[Tensor | None, Tensor | None]:
+    "Both of them"
+    if low_rank is None: return None, None
+    if isinstance(low_rank, (tuple, list)) and len(low_rank) == 2: return tuple(low_rank)
+    size = f' of {len(low_rank)}' if isinstance(low_rank, (tuple, list)) else ''
+    raise TypeError(f'low_rank is a {type(low_rank).__name__}{size}: expected two tensors, (M, '
+                    'rank) and (N, rank).')
+
+
 def _check_floats(fixed: Operands, floats: torch.dtype):
     if floats not in _BRANCHES: raise TypeError(f'x of {floats}: expected bfloat16 or float16.')
     if fixed.weight.dtype in _FLOATS or fixed.dual:
@@ -403,7 +446,7 @@ def w8a8_sm80(
     tile: tuple[int, int, int, int, int] | None = None,  # None: see `pick_tile`
 ) -> Tensor:  # (M, N); of int8 and int4 codes bit for bit what `w8a8_reference` gives
     "The scaled product on tensor cores of Ampere and later"
-    low, up = low_rank or (None, None)
+    low, up = low_rank_sides(low_rank)
     fixed = Operands(weight, scale_w, bias, columns, dual, duals, group, up)
     product = PortableLinear(_checked(codes, scale_x, fixed, tuple(_FORMATS), dtype))
     return _launched(product, codes, scale_x, dtype, residual, gate, low, out, tile)
@@ -444,8 +487,39 @@ def w8a16_sm80(
 ) -> Tensor:  # (M, N)
     "A product of 16-bit activations with the codes of a weight"
     check_tensor(x, 'x', tuple(_BRANCHES), (None, None))
-    low, up = low_rank or (None, None)
+    low, up = low_rank_sides(low_rank)
     fixed = Operands(weight, scale_w, bias, columns, group=group, up=up)
     check_operands(fixed, device=x.device)
     product = PortableLinear(fixed, x.dtype)
     return _launched(product, x, None, dtype or x.dtype, residual, gate, low, out, tile)
+
+# %% ../nbs/43_gemm.ipynb #d0c0de02
+def decode_cuda(
+    weight: Tensor,  # (N, width) int8, from `PackedColumns.pack`; or `pack_int4` of that
+    scale_w: Tensor,  # (N,) float32, or (segments, N), or with `group` (granules, N)
+    columns: PackedColumns | None = None,  # the input segments; None: one
+    dtype: torch.dtype = torch.bfloat16,  # or float16
+    *,
+    group: int | None = None,  # packed columns that share a row of scale_w, see `granule_columns`
+) -> Tensor:  # (N, width), in packed columns
+    "What the codes of a weight stand for, for a product of 16-bit floats"
+    if dtype not in _BRANCHES: raise TypeError(f'dtype={dtype}: expected bfloat16 or float16.')
+    fixed = check_operands(Operands(weight, scale_w, None, columns, group=group),
+                           (torch.int8, torch.uint8))
+    N, width, device = len(weight), fixed.width, weight.device
+    values = torch.empty(N, width, dtype=dtype, device=device)
+    if not N: return values
+    table = _granules_of(fixed.columns, group, device) if scale_w.ndim == 2 else None
+    kernel = get_kernel('quantize/sm80_decode.cu', 'decode', device,
+                        W_BITS=4 if weight.dtype is torch.uint8 else 8, OUTPUT=_OUTPUTS[dtype])
+    launch(kernel, (-(-N//8), -(-width//512)), (32, 8), weight, scale_w, table, values, N,
+           width//16)
+    return values
+
+
+@lru_cache(maxsize=None)
+def _granules_of(columns: PackedColumns, group: int | None, device: torch.device) -> Tensor:
+    "The row of scale_w for each 32 packed columns"
+    ends = torch.tensor(granule_columns(columns, group)[0].ends)
+    rows = torch.searchsorted(ends, torch.arange(0, columns.width, 32), right=True)
+    return rows.to(torch.int32).to(device)

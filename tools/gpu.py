@@ -281,14 +281,14 @@ KINDS = (('int8', 'int8', {}), ('int4', 'int4', {}), ('int4, groups of 128', 'in
          ('int4 × 16 bits, groups of 64', 'w4a16', dict(group=64)))
 
 
-def time_portable(results):
+def time_portable(results, kinds):
     "The formats of the portable kernel, next to int8 without anything"
     print('\n-- portable formats: µs | TOPS | × bf16 | of int8\'s speed')
     for M, N, K in ((4608, 3072, 15360), (4096, 3072, 3072), (4096, 12288, 3072), (512, 3072, 3072), (64, 3072, 3072)):
         n, plain = min(12, turns(M*K + N*K + 2*M*N)), 0
         xs, w16 = [activations(M, K) for _ in range(n)], [torch.randn(N, K, device=DEVICE).bfloat16() for _ in range(n)]
         bf16 = microseconds(lambda i: F.linear(xs[i], w16[i]), range(n), 5)
-        for name, form, kind in KINDS:
+        for name, form, kind in (k for k in KINDS if k[0] in kinds):
             if form == 'e4m3' and torch.cuda.get_device_capability() < (8, 9): continue
             many = [portable_layer(form, M, N, (K,), **kind) for _ in range(n)]
             took = microseconds(portable_product, many, 5)
@@ -315,7 +315,7 @@ def time_launches(results):
 
 
 def machine() -> dict:
-    driver = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
+    driver = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.splitlines()[0]
     import cupy
     return dict(gpu=driver, torch=torch.__version__, cuda=torch.version.cuda, cupy=cupy.__version__, nvrtc='.'.join(map(str, cupy.cuda.nvrtc.getVersion())), python=platform.python_version())
 
@@ -335,6 +335,7 @@ def main():
     parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument('--models', nargs='+', choices=SHAPES, default=list(SHAPES))
     parser.add_argument('--products', nargs='+', choices=('sm80', 'sm90'), default=[], help='default: all that this GPU can run')
+    parser.add_argument('--kinds', nargs='+', choices=[k[0] for k in KINDS], default=[k[0] for k in KINDS], help='of the portable formats')
     parser.add_argument('--out', type=Path, help='where to write the numbers, as JSON')
     args = parser.parse_args()
     CHOSEN.extend(args.products)
@@ -346,7 +347,7 @@ def main():
         torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what torch.empty returns
         check()
         torch.use_deterministic_algorithms(False)
-    parts = dict(codes=time_codes, portable=time_portable, launch=time_launches, gemm=lambda results: time_products(results, args.models))
+    parts = dict(codes=time_codes, portable=lambda results: time_portable(results, args.kinds), launch=time_launches, gemm=lambda results: time_products(results, args.models))
     for name in (part for part in parts if part in args.only):
         parts[name](results)
         if args.out: write(args.out, about, results)

@@ -12,7 +12,7 @@
 //   HALF        with FORMAT 3 and 4: x is float16, not bfloat16
 //   OUTPUT      0 bfloat16, 1 float16, 2 float32
 //   DUAL        the sign of a code of x selects its scale
-//   SEGMENTED   more than one granule
+//   SEGMENTED   granules: 0 one, 1 input segments, 2 groups of columns of w, 3 groups in more than one segment
 //   SHORT       no granule has more than 256 columns
 //   LOW_RANK    y += t · upᵀ before the bias: 0 no, 1 of bfloat16, 2 of float16
 //   RESIDUAL    y = residual + gate · (the above)
@@ -20,6 +20,7 @@
 //   STAGES      buffers
 #include "common/memory.cuh"
 #include "common/numbers.cuh"
+#include "common/output.cuh"
 #include "mma/e4m3.cuh"
 #include "mma/float16.cuh"
 #include "mma/int4.cuh"
@@ -34,6 +35,7 @@
 #define TILES_M (WM / 16)
 #define TILES_N (WN / 8)
 #define PATHS (DUAL ? 2 : 1)
+#define GROUPED (SEGMENTED >= 2)
 #define STAGE_BYTES (BM * BK + BN * BW)
 // Two blocks on a multiprocessor are worth having, but not where they cost spills.
 #if SEGMENTED || FLOATS || DUAL && (FORMAT == 1 || LOW_RANK) || WM * WN > 2048 || FORMAT == 2 && BM == 16
@@ -81,15 +83,6 @@ SQ_INLINE void store_pair(void* y, int64 at, float first, float second, bool bot
 #endif
 }
 
-SQ_INLINE float load_value(const void* y, int64 at) {
-#if OUTPUT == 2
-    return ((const float*)y)[at];
-#else
-    uint16 bits = ((const uint16*)y)[at];
-    return OUTPUT == 1 ? half_to_float(bits) : bfloat16_to_float(bits);
-#endif
-}
-
 // What tensor cores sum up, and from where on. Sums of up to 256 products of codes have 22 bits and a sign: counted from
 // the bits of 1.5 · 2²³ on they are the low bits of a float already, and one subtraction makes them a number of
 // their own, where a conversion would take four times as long.
@@ -103,9 +96,12 @@ typedef int Sum;
 SQ_INLINE float to_float(int sum) { return SHORT ? __fsub_rn(__uint_as_float((uint32)sum), SQ_ROUNDER) : __int2float_rn(sum); }
 #endif
 
-// The part of y that a warp makes: sums of codes, and the scaled total of the granules so far.
+// The part of y that a warp makes: sums of codes, of the groups of a segment so far, and the scaled total.
 struct Sums {
     Sum codes[PATHS][TILES_M][TILES_N][4];
+#if GROUPED
+    float within[PATHS][TILES_M][TILES_N][4];
+#endif
     float total[TILES_M][TILES_N][4];
 };
 
@@ -117,7 +113,12 @@ SQ_INLINE void clear(Sums& sums) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
 #pragma unroll
-                for (int p = 0; p < PATHS; ++p) sums.codes[p][m][n][i] = START;
+                for (int p = 0; p < PATHS; ++p) {
+                    sums.codes[p][m][n][i] = START;
+#if GROUPED
+                    sums.within[p][m][n][i] = 0.f;
+#endif
+                }
                 sums.total[m][n][i] = 0.f;
             }
 }
@@ -152,6 +153,44 @@ SQ_INLINE Granule granule_at(const ScaleTables& tables, int index) {
     return {DUAL && (!tables.duals || tables.duals[segment]), tables.x + (int64)segment * PATHS * tables.tokens,
             tables.w + (int64)index * tables.w_stride, tables.tokens};
 }
+
+#if GROUPED
+// Adds a group to those of its segment and starts its sums over. The scales of x wait for the end of the segment.
+template <class OfColumn> SQ_INLINE void end_group(Sums& sums, bool two, OfColumn of_column) {
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+        for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int p = 0; p < PATHS; ++p) {
+                    if (p && !two) continue;
+                    float& to = sums.within[p][m][n][i];
+                    to = fmaf(to_float(sums.codes[p][m][n][i]), of_column(n, i % 2), to);
+                    sums.codes[p][m][n][i] = START;
+                }
+}
+
+template <class OfRow> SQ_INLINE void end_segment(Sums& sums, bool two, OfRow of_row) {
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int p = 0; p < PATHS; ++p) {
+                if (p && !two) continue;
+                const float x = of_row(p, m, half);
+#pragma unroll
+                for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                        sums.total[m][n][i] = __fadd_rn(sums.total[m][n][i], __fmul_rn(sums.within[p][m][n][i], x));
+                        sums.within[p][m][n][i] = 0.f;
+                    }
+            }
+}
+#endif
 
 // Adds the terms of a granule to the total and starts its sums over.
 template <class OfRow, class OfColumn> SQ_INLINE void end_granule(Sums& sums, bool two, OfRow of_row, OfColumn of_column) {
@@ -343,7 +382,12 @@ extern "C" __global__ void BOUNDS s8_gemm(
 #if SEGMENTED
             const int done = step * STEP + (k + 1) * (STEP / 2);
             if (done == boundary && done < K) {
+#if GROUPED
+                end_group(sums, granule.two, of_column);
+                if (SEGMENTED == 3 && segments[index] != segments[index + 1]) end_segment(sums, granule.two, of_row);
+#else
                 end_granule(sums, granule.two, of_row, of_column);
+#endif
                 boundary = ends[++index];
                 granule = granule_at(tables, index);
                 load_scales();
@@ -351,7 +395,12 @@ extern "C" __global__ void BOUNDS s8_gemm(
 #endif
         }
     }
+#if GROUPED
+    end_group(sums, granule.two, of_column);
+    end_segment(sums, granule.two, of_row);
+#else
     end_granule(sums, granule.two, of_row, of_column);
+#endif
 #if FORMAT == 1
     // The weights came times 16. A power of two takes no part in any rounding, so that once, here, is enough.
 #pragma unroll
