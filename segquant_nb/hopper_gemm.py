@@ -16,7 +16,7 @@ from torch import Tensor
 from .codes import PackedColumns, check_scale
 from .cuda import (NO_CONTEXT, AddressBytes, Launcher, bind_context, check_tensor,
                               get_kernel, gpu_arch, gpu_processors, _driver, _written)
-from .gemm import _OUTPUTS, check_residual, check_w8a8
+from .gemm import _OUTPUTS, check_residual, check_w8a8, low_rank_sides
 
 # %% ../nbs/44_hopper_gemm.ipynb #cd5a892f
 @lru_cache(maxsize=2**16)
@@ -64,7 +64,7 @@ _BOX = 16*128  # bytes of y that leave at once
 @dataclass(frozen=True)
 class HopperTile:
     "A tile of y, and what a block needs to make it"
-    columns: int  # of y: 64, 128, 192, 256
+    columns: int  # of y: 64, 128, 160, 176, 192, 256
     consumers: int = 2  # warpgroups, each with 64 rows of y: 1, 2, 3
 
     def __str__(self): return f'{self.rows} × {self.columns}'
@@ -89,9 +89,9 @@ class HopperTile:
 
     @property
     def _other(self) -> int:
-        "What leaves, two vectors of the columns, barriers"
+        "What leaves, vectors of the columns (three where two segments fit), barriers"
         boxes = 1 if self.consumers == 3 or self.columns == 192 else 2
-        return boxes*4*self.consumers*_BOX + 8*self.columns + 384
+        return boxes*4*self.consumers*_BOX + (8 if self.columns == 256 else 16)*self.columns + 512
 
     def halves(
         self,
@@ -104,8 +104,9 @@ class HopperTile:
         processors: int = 132,  # of the GPU
     ) -> int | None:  # of the last tiles, how many are made in halves; None: there are no halves
         "Halves for a last wave that would leave half of the processors idle, or where y ends early"
-        if self.columns == 64 or dual and segmented: return None  # too narrow; spills
-        if self.columns == 192 and (residual or dual and low_rank): return None
+        if self.columns in (64, 176) or dual and segmented: return None  # too narrow; spills
+        if self.columns == 192 and dual: return None
+        if self.columns == 192 and residual: return None
         full, rest = divmod(-(-M//self.rows)*-(-N//self.columns), processors)
         if full and 0 < 2*rest <= processors: return rest
         return 0 if 0 < 2*(N % self.columns) <= self.columns else None
@@ -115,11 +116,14 @@ def hopper_tiles(
     dual: bool = False,  # two sums for each element of y
     segmented: bool = False,  # and the total of the segments
     residual: bool = False,  # and what is added in the end
+    low_rank: bool = False,  # and a product of 16-bit floats
 ) -> list[HopperTile]:  # those whose sums fit the registers
     "Every tile that a kernel of this kind can have"
-    most = 128 if residual and dual else 256
-    return [HopperTile(columns, consumers) for columns in (64, 128, 192, 256)
+    most = (128 if dual else 176 if segmented else 256) if residual else 256
+    widths = (64, 128, 160, 176, 192) if dual or segmented else (64, 128, 192, 256)
+    return [HopperTile(columns, consumers) for columns in widths
             for consumers in (1, 2, 3) if columns <= most
+            and not (dual and low_rank and columns == 176)
             and columns*(1 + dual + segmented) <= (192 if consumers == 3 else 384)]
 
 # %% ../nbs/44_hopper_gemm.ipynb #25fab2f1
@@ -136,9 +140,9 @@ def pick_hopper_tile(
     def cost(tile):
         full, rest = divmod(-(-M//tile.rows)*-(-N//tile.columns), processors)
         last = .6 if tile.halves(M, N, dual, segmented, residual, low_rank, processors) else 1
-        clocks = tile.rows*tile.columns*(1 + dual)/32
-        return (full + last*(rest > 0))*(clocks + 200), tile.rows + tile.columns, -tile.columns
-    return min(hopper_tiles(dual, segmented, residual), key=cost)
+        clocks = tile.rows*tile.columns*(1 + dual)/32 + (200 if dual or segmented else 75)
+        return (full + last*(rest > 0))*clocks, tile.rows + tile.columns, -tile.columns
+    return min(hopper_tiles(dual, segmented, residual, low_rank), key=cost)
 
 # %% ../nbs/44_hopper_gemm.ipynb #1fc041ca
 _SOURCE = 'wgmma/sm90_s8_gemm.cu'
@@ -165,6 +169,10 @@ class HopperLinear:
         if gpu_arch(self.device) != 'sm_90a':
             raise ValueError(f'{self.device} is {gpu_arch(self.device)}: this kernel is made of '
                              'instructions that only Hopper (sm_90a) has, see w8a8_sm80.')
+        if not isinstance(scale_w, Tensor):
+            check_tensor(scale_w, 'scale_w', torch.float32, (None,))
+        if columns is not None and not isinstance(columns, PackedColumns):
+            raise TypeError(f'columns: expected PackedColumns, got {type(columns).__name__}.')
         (self.N, self.K), none = weight.shape, weight.view(torch.int8)[:0]
         terms = len(columns.sizes if columns else (0,))*(1 + dual)
         self.columns = check_w8a8(none, weight.view(torch.int8), scale_w.new_empty(terms, 1),
@@ -174,10 +182,11 @@ class HopperLinear:
             raise ValueError(f'duals={duals}: expected dual=True and a flag for each of '
                              f'{len(self.columns.sizes)} segments.')
         if up is not None: _check_low_rank(up, 'up', self.N, None, self.device)
-        if cut is not None and (cut % 32 or cut < 32):
+        if cut is not None and (not isinstance(cut, int) or cut % 32 or cut < 32):
             raise ValueError(f'cut={cut}: expected a multiple of 32 columns.')
         self.kept = weight, scale_w, bias, *_parts(self.columns, duals and tuple(duals), cut,
                                                    self.device)
+        self.parts = _form(self.columns, dual, cut)
         self.plans = {}
 
     def __call__(
@@ -223,14 +232,19 @@ class HopperLinear:
         kind = self.dual, segments > 1, not plain, low_rank
         processors = gpu_processors(self.device)
         tile = tile or pick_hopper_tile(M, self.N, *kind, processors)
+        if tile not in hopper_tiles(*kind):
+            raise ValueError(f'A tile of {tile} has more sums than this kernel has registers: see '
+                             'hopper_tiles(dual={}, segmented={}, residual={}, low_rank={}).'
+                             .format(*kind))
         tiles_m, tiles_n = -(-M//tile.rows), -(-self.N//tile.columns)
         halves = tile.halves(M, self.N, *kind, processors)
         w_box = tile.columns if halves is None else tile.columns//2
-        numbers = (M, self.N, -(-self.K//_STEP), tiles_m, tiles_n, tokens, segments,
+        numbers = (M, self.N, self.K, tiles_m, tiles_n, tokens, segments,
                    self.N if scale_w.ndim == 2 else 0, M//gates, 2048//tile.rows,
                    -(-self.up.shape[1]//16) if low_rank else 0, halves or 0)
-        kernel = get_kernel(_SOURCE, 's8_gemm_sm90', self.device, tile.shared, **_defines(
-            tile, dtype, *kind[:3], low_rank and _LOW[self.up.dtype], self.fp8, halves is not None))
+        defines = _defines(tile, dtype, self.dual, self.parts, not plain,
+                           low_rank and _LOW[self.up.dtype], self.fp8, halves is not None)
+        kernel = get_kernel(_SOURCE, 's8_gemm_sm90', self.device, tile.shared, **defines)
         layout = f'128s 128s 128s {len(numbers)}i' + ' P'*8 + ' 128s 128s'*low_rank
         run = Launcher(kernel, (128*(tile.consumers + 1),), layout, tile.shared)
         fixed = [0 if t is None else t.data_ptr() for t in (scale_w, bias, ends, flags, scale_rows)]
@@ -244,10 +258,10 @@ class HopperLinear:
 
     def _check(self, codes, scale_x, residual, gate, low, dtype, out):
         "Cheap questions; where one fails, the slow ones say what is wrong"
-        kept, M = self.kept, len(codes)
-        if not (codes.dtype is kept[0].dtype and codes.ndim == 2 and codes.shape[1] == self.K
-                and codes.device == self.device and codes.is_contiguous()
-                and not codes.data_ptr() % 16):
+        kept, M = self.kept, len(codes) if isinstance(codes, Tensor) and codes.ndim else 0
+        if not (isinstance(codes, Tensor) and codes.dtype is kept[0].dtype and codes.ndim == 2
+                and codes.shape[1] == self.K and codes.device == self.device
+                and codes.is_contiguous() and not codes.data_ptr() % 16):
             check_tensor(codes, 'codes', kept[0].dtype, (None, self.K), self.device)
         if dtype not in _OUTPUTS:
             raise TypeError(f'dtype={dtype}: expected bfloat16, float16 or float32.')
@@ -264,6 +278,13 @@ class HopperLinear:
         if (low is None) != (self.up is None):
             raise ValueError('low and up go together: their product is added.')
         if low is not None: _check_low_rank(low, 'low', M, self.up, self.device)
+
+
+def _form(columns: PackedColumns, dual: bool, cut: int | None) -> int:
+    "How segments are summed: SEGMENTED of the source"
+    sizes = [end - start for start, end in zip(columns.starts, columns.ends)]
+    if len(sizes) == 1: return int(bool(cut) and sizes[0] > cut)
+    return 2 if len(sizes) == 2 and min(sizes) >= _STEP and not dual and not cut else 1
 
 
 def _check_low_rank(x, name: str, rows: int, up: Tensor | None, device: torch.device):
@@ -288,9 +309,12 @@ def _parts(columns: PackedColumns, duals: tuple[bool, ...] | None, cut: int | No
             table(rows) if cut else None)
 
 
-def _defines(tile, dtype, dual, segmented, residual, low_rank=0, fp8=False, halves=False):
-    turns = 4 if tile.columns >= 192 and tile.consumers > 1 and not dual else 0
-    return dict(OUTPUT=_OUTPUTS[dtype], DUAL=dual, SEGMENTED=segmented, RESIDUAL=residual,
+def _defines(tile, dtype, dual, parts, residual, low_rank=0, fp8=False, halves=False):
+    "For `parts`, see SEGMENTED in the source"
+    alone = 2*tile.columns*(1 + dual)  # clocks of a stage for one consumer
+    turns = min(tile.stages, 1 - -1700//alone)
+    if tile.consumers == 1 or dual and parts: turns = 0
+    return dict(OUTPUT=_OUTPUTS[dtype], DUAL=dual, SEGMENTED=parts, RESIDUAL=residual,
                 LOW_RANK=low_rank, FP8=fp8, HALVES=halves, TURNS=turns, BN=tile.columns,
                 CONSUMERS=tile.consumers, STAGES=tile.stages)
 
@@ -314,7 +338,7 @@ def w8a8_sm90(
 ) -> Tensor:  # (M, N); without low_rank bit for bit what `w8a8_reference` gives
     "The scaled product on the tensor cores of Hopper"
     check_w8a8(codes, weight, scale_x, scale_w, bias, columns, dual, dtype)
-    low, up = low_rank or (None, None)
+    low, up = low_rank_sides(low_rank)
     linear = HopperLinear(weight, scale_w, bias, columns, dual, duals=duals, up=up)
     return linear(codes, scale_x, dtype, residual, gate, low, out=out, tile=tile)
 
@@ -339,6 +363,6 @@ def fp8_sm90(
 ) -> Tensor:  # (M, N)
     "The scaled product of 8-bit floats"
     check_tensor(weight, 'weight', _FP8, (None, None))
-    low, up = low_rank or (None, None)
+    low, up = low_rank_sides(low_rank)
     linear = HopperLinear(weight, scale_w, bias, columns, dual, duals=duals, up=up, cut=cut)
     return linear(codes, scale_x, dtype, residual, gate, low, out=out, tile=tile)

@@ -1,6 +1,5 @@
 """The Hopper product without a Hopper: its layouts compiled for the host, its launches recorded, its registers counted."""
 import ctypes
-import os
 import random
 import shutil
 import struct
@@ -11,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulate import emulated_gpu
+from hopper import defines, host_library, random_sizes, recorded_maps
 
 import segquant_nb.hopper_gemm as hopper_gemm
 from segquant_nb.codes import PackedColumns
 from segquant_nb.cuda import cuda_src_dir, kernel_cost
 from segquant_nb.hopper_gemm import HopperLinear, HopperTile, fp8_sm90, hopper_tiles, pick_hopper_tile, w8a8_sm90
 
-COMPILER = next(filter(None, map(shutil.which, ('c++', 'g++', 'clang++'))), None)
 NVCC = shutil.which('nvcc')
 
 SOURCE = '''
@@ -41,12 +40,7 @@ extern "C" void places(int tiles_m, int tiles_n, int band, int halves, int rows,
 
 @pytest.fixture(scope='module')
 def layout(tmp_path_factory):
-    if COMPILER is None and 'CI' not in os.environ: pytest.skip('no C++ compiler on this machine (c++, g++ or clang++)')
-    folder = tmp_path_factory.mktemp('layout')
-    (folder/'layout.cpp').write_text(SOURCE)
-    subprocess.run([COMPILER, '-std=c++17', '-O1', '-Wall', '-Werror', '-shared', '-fPIC', f'-I{cuda_src_dir()}',
-                    '-o', folder/'layout.so', folder/'layout.cpp'], check=True)
-    library = ctypes.CDLL(str(folder/'layout.so'))
+    library = host_library(tmp_path_factory.mktemp('layout'), SOURCE)
     library.describe.restype = ctypes.c_ulonglong
     return library
 
@@ -99,27 +93,13 @@ def test_tiles_and_halves_of_tiles_cover_every_column_once(layout):
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    "A driver that keeps what it is asked to encode"
-    asked = []
-
-    def encode(target, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
-        asked.append(dict(kind=kind, rank=rank, address=address.value, sizes=list(sizes), strides=list(strides), box=list(box)))
-        assert target.value % 64 == 0 and swizzle == 3 and list(steps) == [1, 1]
-        ctypes.memset(target, len(asked), 128)
-        return 0
-
-    monkeypatch.setattr(hopper_gemm, '_driver', lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    hopper_gemm.tensor_map.cache_clear()
-    yield asked
-    hopper_gemm.tensor_map.cache_clear()
+def driver(monkeypatch): yield from recorded_maps(monkeypatch)
 
 
 def call(rng, dtype):
     "Arguments of random shapes"
-    M, N = rng.randint(1, 700), rng.randint(1, 90)*8
-    sizes = tuple(rng.randint(1, 200) for _ in range(rng.choice((1, 1, 2, 5))))
-    columns, dual = PackedColumns(sizes), rng.random() < .5
+    (M, N, columns), dual = random_sizes(rng), rng.random() < .5
+    sizes = columns.sizes
     codes, weight = (torch.zeros(rows, columns.width, dtype=torch.int8) for rows in (M, N))
     given = dict(codes=codes, weight=weight, scale_x=torch.ones(len(sizes)*(1 + dual), rng.choice((1, M))), columns=columns,
                  scale_w=torch.ones(N) if rng.random() < .5 else torch.ones(len(sizes), N), dual=dual, dtype=dtype)
@@ -145,18 +125,20 @@ def test_launches_of_random_shapes(driver):
         (M, K), N, segments = given['codes'].shape, len(given['weight']), len(given['columns'].sizes)
         assert y.shape == (M, N) and y.dtype == dtype
         launch, = gpu.launches
-        options = dict(o[2:].split('=') for o in launch.options if o.startswith('-D'))
-        columns, consumers, stages = (int(options[n]) for n in ('BN', 'CONSUMERS', 'STAGES'))
+        options = defines(launch)
+        columns, consumers, stages = (options[n] for n in ('BN', 'CONSUMERS', 'STAGES'))
         tile = HopperTile(columns, consumers)
         t, up = given.get('low_rank', (None, None))
         kind = given['dual'], segments > 1, 'residual' in given
         assert tile in hopper_tiles(*kind)
+        sizes = [end - start for start, end in zip(given['columns'].starts, given['columns'].ends)]
+        form = 2 if segments == 2 and not given['dual'] and min(sizes) >= 128 else int(segments > 1)
         assert [int(options[n]) for n in ('DUAL', 'SEGMENTED', 'RESIDUAL', 'LOW_RANK', 'FP8')] == [
-            *map(int, kind), 0 if t is None else 1 + (t.dtype is torch.float16), given['codes'].dtype is not torch.int8]
+            int(given['dual']), form, int('residual' in given), 0 if t is None else 1 + (t.dtype is torch.float16), given['codes'].dtype is not torch.int8]
         assert stages == tile.stages >= 3 and launch.shared == tile.shared <= 227*1024 and launch.block == (128*(consumers + 1),)
         # what struct Shared in the source takes
         boxes = (1 if consumers == 3 or columns == 192 else 2)*4*consumers*2048
-        assert launch.shared >= stages*(64*consumers + columns)*128 + boxes + 2*columns*4 + 16*(stages + 2) + 8*consumers*stages
+        assert launch.shared >= stages*(64*consumers + columns)*128 + boxes + (1 if form == 0 else 2)*(columns*8 + 16) + 28*stages + 8*consumers*stages
         halves = tile.halves(M, N, *kind, t is not None, 108)
         assert int(options['HALVES']) == (halves is not None)
         w_box = columns if halves is None else columns//2
@@ -176,7 +158,7 @@ def test_launches_of_random_shapes(driver):
         tiles_m, tiles_n = -(-M//tile.rows), -(-N//columns)
         assert launch.grid == (min(tiles_m*tiles_n, 108),)
         gate = given.get('gate')
-        assert numbers == (M, N, -(-K//128), tiles_m, tiles_n, given['scale_x'].shape[1], segments,
+        assert numbers == (M, N, K, tiles_m, tiles_n, given['scale_x'].shape[1], segments,
                            N if given['scale_w'].ndim == 2 else 0, M if gate is None else M//len(gate), 2048//tile.rows,
                            0 if t is None else -(-t.shape[1]//16), halves or 0)
         assert [int(a) != 0 for a in launch.arguments[4:12]] == [True, True, 'bias' in given, True, 'duals' in given,
@@ -207,6 +189,35 @@ def test_sums_of_floats_can_be_cut(driver):
     assert ends == [96, 128, 192, 288, 320] and duals == [1, 1, 0, 1, 1] and rows == [0, 0, 1, 2, 2]
 
 
+def test_what_does_not_fit_is_named(driver):
+    weight, scale = torch.zeros(16, 256, dtype=torch.int8), torch.ones(16)
+    halves = PackedColumns((128, 128))
+    with emulated_gpu(run=False, capability=(9, 0)) as gpu:
+        for change, message in ((dict(scale_w=None), 'scale_w: expected a tensor, got NoneType'), (dict(weight=None), 'weight: expected a tensor'),
+                                (dict(scale_w=[1.]*16), 'scale_w: expected a tensor, got list'), (dict(columns=(256,)), 'columns: expected PackedColumns, got tuple'),
+                                (dict(bias=[0]*16), 'bias: expected a tensor')):
+            with pytest.raises(TypeError, match=message): HopperLinear(**dict(weight=weight, scale_w=scale) | change)
+        codes = torch.zeros(3, 256, dtype=torch.int8)
+        with pytest.raises(TypeError, match='codes: expected a tensor, got NoneType'): HopperLinear(weight, scale)(None, torch.ones(1, 1))
+        for linear, terms in ((HopperLinear(weight, scale, columns=halves), 2), (HopperLinear(weight, scale, dual=True), 2)):
+            with pytest.raises(ValueError, match='tile of 128 × 256 has more sums than'): linear(codes, torch.ones(terms, 1), tile=HopperTile(256))
+        assert not gpu.launches
+        HopperLinear(weight, scale)(codes, torch.ones(1, 1), tile=HopperTile(256))
+        assert len(gpu.launches) == 1
+
+
+@pytest.mark.parametrize('sizes,dual,cut,form', [((256,), False, None, 0), ((256,), False, 64, 1), ((256,), False, 256, 0), ((128, 128), False, None, 2), ((160, 224), False, None, 2),
+                                                 ((128, 128), True, None, 1), ((96, 160), False, None, 1), ((128, 128), False, 64, 1), ((128,)*3, False, None, 1)])
+def test_two_segments_of_a_stage_or_more_have_two_sums(driver, sizes, dual, cut, form):
+    columns = PackedColumns(sizes)
+    kind = torch.int8 if cut is None else torch.float8_e4m3fn
+    with emulated_gpu(run=False, capability=(9, 0)) as gpu:
+        linear = HopperLinear(torch.zeros(16, columns.width, dtype=kind), torch.ones(16), None, columns, dual, cut=cut)
+        linear(torch.zeros(5, columns.width, dtype=kind), torch.ones(len(sizes)*(1 + dual), 5))
+    launch, = gpu.launches
+    assert f'-DSEGMENTED={form}' in launch.options
+
+
 def test_empty_results_need_no_launch(driver):
     with emulated_gpu(run=False, capability=(9, 0)) as gpu:
         y = w8a8_sm90(torch.zeros(0, 64, dtype=torch.int8), torch.zeros(8, 64, dtype=torch.int8), torch.ones(1, 1), torch.ones(8))
@@ -228,10 +239,10 @@ def test_the_picked_tile_fits(dual, segmented, residual):
 
 
 @pytest.mark.skipif(NVCC is None, reason='no nvcc on this machine')
-@pytest.mark.parametrize('kind', [(False, False, False, 0, False, True), (True, False, False, 0, False, True), (True, False, True, 1), (False, True, False, 1, False, True),
-                                  (True, True, True, 2), (False, False, True, 2, True)])
+@pytest.mark.parametrize('kind', [(False, 0, False, 0, False, True), (True, 0, False), (True, 0, False, 1), (True, 0, True, 1), (False, 1, False, 1, False, True),
+                                  (False, 2, False, 0, False, True), (False, 2, True, 1), (True, 1, True, 2), (False, 0, True, 2, True)])
 def test_the_largest_tiles_do_not_spill(kind, tmp_path):
-    tile = max(hopper_tiles(*kind[:3]), key=lambda t: (t.columns, t.consumers == 2))
+    tile = max(hopper_tiles(*map(bool, kind[:4])), key=lambda t: (t.columns, t.consumers == 2))
     defines = [f'-D{k}={int(v)}' for k, v in hopper_gemm._defines(tile, torch.bfloat16, *kind).items()]
     done = subprocess.run([NVCC, '-gencode=arch=compute_90a,code=sm_90a', '-std=c++17', '-cubin', '-Xptxas', '-v', f'-I{cuda_src_dir()}',
                            *defines, '-o', tmp_path/'kernel.cubin', cuda_src_dir()/'wgmma/sm90_s8_gemm.cu'],

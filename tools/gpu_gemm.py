@@ -145,9 +145,10 @@ def compile_all(variants):
 
 def variant(M, N, sizes, dtype=torch.bfloat16, tile=None, dual=False, residual=False, low=0, fp8=False, cut=None, **_):
     "What `compile_all` takes, for a check"
-    kind = dual, len(sizes) > 1 or bool(cut), residual, low > 0
+    form = hopper_gemm._form(PackedColumns(sizes), dual, cut)
+    kind = dual, form > 0, residual, low > 0
     tile = tile or pick_hopper_tile(M, N, *kind)
-    return tile, dtype, *kind[:3], (1 + low//8 % 2 if low else 0), fp8, tile.halves(M, N, *kind) is not None
+    return tile, dtype, dual, form, residual, (1 + low//8 % 2 if low else 0), fp8, tile.halves(M, N, *kind) is not None
 
 
 def cases():
@@ -155,12 +156,13 @@ def cases():
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     i = 0
     for dual, segmented, low, fp8 in product((False, True), repeat=4):
-        for tile in hopper_tiles(dual, segmented):
+        for tile in hopper_tiles(dual, segmented, False, low):
             for M, N, K in random.sample([(256, 512, 384), (77, 648, 336), (333, 2432, 1280), (1031, 1280, 640)], 2):
                 i += 1
                 sizes = random_sizes(K, random.choice((2, 3, 5))) if segmented else (K,)
+                if segmented and i % 3 == 0: sizes = 2*K//5, K - 2*K//5  # two of more than a stage
                 yield dict(M=M, N=N, sizes=sizes, dtype=dtypes[i % 3], tile=tile, dual=dual, tokens=i % 2 == 0,
-                           bias=i % 4 != 0, residual=i % 5 == 0 and tile in hopper_tiles(dual, segmented, True), gated=i % 3 != 0,
+                           bias=i % 4 != 0, residual=i % 5 == 0 and tile in hopper_tiles(dual, segmented, True, low), gated=i % 3 != 0,
                            duals=tuple(random.random() < .5 for _ in sizes) if dual and segmented and i % 2 else None,
                            low=random.choice((8, 24, 32, 64, 72, 128)) if low else 0, fp8=fp8,
                            cut=random.choice((32, 96, 128, 256)) if fp8 and segmented and i % 2 else None)
@@ -173,7 +175,7 @@ def cases():
             (4096, 3072, (12288,), wide, dict(fp8=True)), (4096, 3072, (12288,), large, dict(fp8=True, cut=512)),
             (4096, 3072, (12288,), large, dict(fp8=True, cut=128)),
             # halves of tiles: the last ones, where y ends early, both
-            *((M, N, sizes, tile, dict(dtype=dtype, low=low, dual=dual and tile is not wide and len(sizes) == 1))
+            *((M, N, sizes, large if tile is wide and len(sizes) > 1 else tile, dict(dtype=dtype, low=low, dual=dual and tile is not wide and len(sizes) == 1))
               for M, N, tile in ((4608, 3072, large), (4608, 3064, wide), (4096, 2432, wide), (4590, 2304 + 72, large), (400, 328, half))
               for sizes, dtype, low, dual in (((640,), torch.bfloat16, 0, True), ((320, 352), torch.float16, 0, False), ((704,), torch.float32, 32, True)))):
         yield dict(M=M, N=N, sizes=sizes, dtype=torch.bfloat16, tile=tile) | options

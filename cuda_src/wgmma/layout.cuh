@@ -14,13 +14,20 @@ struct Tile {
     int m, n;
 };
 
+// n / d of numbers that are not negative, up to 2^22, by way of floats: a division of integers takes several hundred clocks.
+SQ_INLINE int quotient(int n, int d) {
+    const int q = (int)((float)n * (1.f / (float)d)), rest = n - q * d;
+    return q + (rest >= d) - (rest < 0);
+}
+
 // Which tile of y is worked on as number `index`. What runs at the same time should share rows of x and of w
 // while those are in L2: hence bands of `band` tiles of M, and M fastest inside a band.
 SQ_INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int band) {
-    const int first = index / (band * tiles_n) * band;
+    const int first = quotient(index, band * tiles_n) * band;
     const int rows = tiles_m - first < band ? tiles_m - first : band;
     const int inside = index - first * tiles_n;
-    return {first + inside % rows, inside / rows};
+    const int n = quotient(inside, rows);
+    return {first + inside - n * rows, n};
 }
 
 struct Place {

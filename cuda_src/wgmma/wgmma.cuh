@@ -34,10 +34,14 @@ SQ_INLINE void pin(float (&values)[Count]) {
 #define SQ_NAMES_64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SQ_NAMES_80 SQ_NAMES_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define SQ_NAMES_96 SQ_NAMES_64 ", " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define SQ_NAMES_128 SQ_NAMES_96 ", " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SQ_NAMES_160 SQ_NAMES_128 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define SQ_NAMES_176 SQ_NAMES_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define SQ_NAMES_192 SQ_NAMES_128 ", " \
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -48,8 +52,11 @@ SQ_INLINE void pin(float (&values)[Count]) {
 #define SQ_VALUE16(r, b) SQ_VALUE4(r, b), SQ_VALUE4(r, b + 4), SQ_VALUE4(r, b + 8), SQ_VALUE4(r, b + 12)
 #define SQ_VALUE32(r, b) SQ_VALUE16(r, b), SQ_VALUE16(r, b + 16)
 #define SQ_VALUES_64(r) SQ_VALUE32(r, 0)
+#define SQ_VALUES_80(r) SQ_VALUES_64(r), SQ_VALUE4(r, 32), SQ_VALUE4(r, 36)
 #define SQ_VALUES_96(r) SQ_VALUES_64(r), SQ_VALUE16(r, 32)
 #define SQ_VALUES_128(r) SQ_VALUES_64(r), SQ_VALUE32(r, 32)
+#define SQ_VALUES_160(r) SQ_VALUES_128(r), SQ_VALUE16(r, 64)
+#define SQ_VALUES_176(r) SQ_VALUES_160(r), SQ_VALUE4(r, 80), SQ_VALUE4(r, 84)
 #define SQ_VALUES_192(r) SQ_VALUES_128(r), SQ_VALUE32(r, 64)
 #define SQ_VALUES_256(r) SQ_VALUES_192(r), SQ_VALUE32(r, 96)
 
@@ -58,37 +65,46 @@ template <int N> struct WgmmaE4m3;       // 8-bit floats m64 N k32
 template <int N> struct WgmmaBfloat16;   // m64 N k16
 template <int N> struct WgmmaHalf;       // m64 N k16
 
-// d += a · bᵀ. KIND names the types, r is how assembly calls a register of d; behind the operands: add to d,
-// and for floats the signs of a and b; for 16-bit ones also that neither is transposed.
-#define SQ_FROM_SHARED(N, D, KIND, r, LAST, O0, O1)                                               \
-    static SQ_INLINE void multiply(D (&d)[N / 2], uint64 a, uint64 b) {                           \
+// d += a · bᵀ, or with `start` d = a · bᵀ. KIND names the types, r is how assembly calls a register of d; behind the
+// operands: whether to add to d, and for floats the signs of a and b; for 16-bit ones also that neither is transposed.
+#define SQ_FROM_SHARED(NAME, N, D, KIND, r, LAST, O0, O1)                                         \
+    static SQ_INLINE void NAME(D (&d)[N / 2], uint64 a, uint64 b) {                               \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N KIND " {" SQ_NAMES_##N "}, " O0 ", "  \
                      O1 ", " LAST ";" : SQ_VALUES_##N(r) : "l"(a), "l"(b));                       \
     }
-#define SQ_FROM_REGISTERS(N, D, KIND, r, LAST, O0, O1, O2, O3, O4)                                \
-    static SQ_INLINE void multiply(D (&d)[N / 2], const uint32 (&a)[4], uint64 b) {               \
+#define SQ_FROM_REGISTERS(NAME, N, D, KIND, r, LAST, O0, O1, O2, O3, O4)                          \
+    static SQ_INLINE void NAME(D (&d)[N / 2], const uint32 (&a)[4], uint64 b) {                   \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N KIND " {" SQ_NAMES_##N "}, {" O0 ", " \
                      O1 ", " O2 ", " O3 "}, " O4 ", " LAST ";" : SQ_VALUES_##N(r)                 \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
     }
-#define SQ_WGMMA(N, O0, O1, O2, O3, O4)                                                     \
-    template <> struct Wgmma<N> {                                                           \
-        SQ_FROM_SHARED(N, int, "k32.s32.s8.s8", "+r", "1", O0, O1)                          \
-        SQ_FROM_REGISTERS(N, int, "k32.s32.s8.s8", "+r", "1", O0, O1, O2, O3, O4)           \
-    };                                                                                      \
-    template <> struct WgmmaE4m3<N> {                                                       \
-        SQ_FROM_SHARED(N, float, "k32.f32.e4m3.e4m3", "+f", "1, 1, 1", O0, O1)              \
-        SQ_FROM_REGISTERS(N, float, "k32.f32.e4m3.e4m3", "+f", "1, 1, 1", O0, O1, O2, O3, O4) \
-    };                                                                                      \
-    template <> struct WgmmaBfloat16<N> {                                                   \
-        SQ_FROM_SHARED(N, float, "k16.f32.bf16.bf16", "+f", "1, 1, 1, 0, 0", O0, O1)        \
-    };                                                                                      \
-    template <> struct WgmmaHalf<N> {                                                       \
-        SQ_FROM_SHARED(N, float, "k16.f32.f16.f16", "+f", "1, 1, 1, 0, 0", O0, O1)          \
+#define SQ_CODES(N, D, KIND, r, w, LAST, O0, O1, O2, O3, O4)                                      \
+    SQ_FROM_SHARED(multiply, N, D, KIND, "+" r, "1" LAST, O0, O1)                                 \
+    SQ_FROM_SHARED(start, N, D, KIND, w r, "0" LAST, O0, O1)                                      \
+    SQ_FROM_REGISTERS(multiply, N, D, KIND, "+" r, "1" LAST, O0, O1, O2, O3, O4)                  \
+    SQ_FROM_REGISTERS(start, N, D, KIND, w r, "0" LAST, O0, O1, O2, O3, O4)
+#define SQ_WGMMA(N, O0, O1, O2, O3, O4)                                                           \
+    template <> struct Wgmma<N> {                                                                 \
+        SQ_CODES(N, int, "k32.s32.s8.s8", "r", SQ_WRITTEN, "", O0, O1, O2, O3, O4)                       \
+    };                                                                                            \
+    template <> struct WgmmaE4m3<N> {                                                             \
+        SQ_CODES(N, float, "k32.f32.e4m3.e4m3", "f", SQ_WRITTEN, ", 1, 1", O0, O1, O2, O3, O4)           \
+    };                                                                                            \
+    template <> struct WgmmaBfloat16<N> {                                                         \
+        SQ_FROM_SHARED(multiply, N, float, "k16.f32.bf16.bf16", "+f", "1, 1, 1, 0, 0", O0, O1)    \
+    };                                                                                            \
+    template <> struct WgmmaHalf<N> {                                                             \
+        SQ_FROM_SHARED(multiply, N, float, "k16.f32.f16.f16", "+f", "1, 1, 1, 0, 0", O0, O1)      \
     };
 
+#ifndef SQ_WRITTEN
+#define SQ_WRITTEN "="
+#endif
 SQ_WGMMA(64, "%32", "%33", "%34", "%35", "%36")
+SQ_WGMMA(80, "%40", "%41", "%42", "%43", "%44")
 SQ_WGMMA(96, "%48", "%49", "%50", "%51", "%52")
 SQ_WGMMA(128, "%64", "%65", "%66", "%67", "%68")
+SQ_WGMMA(160, "%80", "%81", "%82", "%83", "%84")
+SQ_WGMMA(176, "%88", "%89", "%90", "%91", "%92")
 SQ_WGMMA(192, "%96", "%97", "%98", "%99", "%100")
 SQ_WGMMA(256, "%128", "%129", "%130", "%131", "%132")
