@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .codes import PackedColumns, check_scale
-from .cuda import (NO_CONTEXT, Launcher, bind_context, check_tensor, get_kernel,
-                              gpu_arch, gpu_processors, _driver, _written)
+from .cuda import (NO_CONTEXT, AddressBytes, Launcher, bind_context, check_tensor,
+                              get_kernel, gpu_arch, gpu_processors, _driver, _written)
 from .gemm import _OUTPUTS, granule_columns
 from .hopper_gemm import tensor_map
 
@@ -24,9 +24,12 @@ def pack_w4(
     codes: Tensor,  # (N, width) int8 of -8 … 7, from `PackedColumns.pack`
 ) -> Tensor:  # (N/64, width/128, 4096) uint8, both rounded up
     "Codes of a weight as `w4a8_sm90` reads them; once, when a layer is prepared"
+    if not isinstance(codes, Tensor):
+        raise TypeError(f'codes: expected a tensor, got {type(codes).__name__}.')
     if codes.dtype is not torch.int8 or codes.ndim != 2:
         raise TypeError(f'codes are {codes.dtype} of shape {tuple(codes.shape)}: expected int8 '
                         'codes (N, width), see unpack_int4.')
+    if codes.is_meta: raise ValueError('codes are on meta: expected them on a device with memory.')
     if codes.numel() and not (-8 <= codes.min() and codes.max() <= 7):
         raise ValueError(f'codes reach from {codes.min()} to {codes.max()}: expected int4, '
                          '-8 … 7.')
@@ -49,7 +52,7 @@ _STEP = 128  # columns of K in a stage
 @dataclass(frozen=True)
 class Int4Tile:
     "A tile of y, and what a block needs to make it"
-    tokens: int  # rows of y: 16, 32, 48, 64, 80, 96, 112, 128, 192, 256
+    tokens: int  # rows of y: a multiple of 16, at most 256
     consumers: int = 2  # warpgroups, each with 64 channels, columns of y: 1, 2, 3
 
     def __str__(self): return f'{self.tokens} × {self.channels}'
@@ -89,27 +92,37 @@ class Int4Tile:
 
 
 def int4_tiles(
-    segmented: bool = False,  # more than one scale along K: sums, and the total so far
+    scales: int = 0,  # along K: 0 one, 1 of segments, 2 of groups of columns, 3 of both
+    crowded: bool = False,  # float32 results, or a low-rank branch
 ) -> list[Int4Tile]:  # those whose sums fit the registers
     "Every tile that a kernel of this kind can have"
+    most = (_CROWDED if crowded else _MOST)[scales]
     return [Int4Tile(tokens, consumers)
-            for tokens in (16, 32, 48, 64, 80, 96, 112, 128, 192, 256) for consumers in (1, 2, 3)
-            if tokens*(1 + segmented) <= (192 if consumers == 3 else 256)]
+            for tokens in range(16, 257, 16) for consumers in (1, 2, 3)
+            if tokens <= most[consumers - 1]]
+
+
+# tokens, for each kind of scales and number of warpgroups
+_MOST = (256, 256, 192), (192, 192, 96), (192, 192, 96), (128, 128, 64)
+_CROWDED = (256, 256, 192), (176, 176, 96), (192, 176, 96), (112, 112, 64)
 
 # %% ../nbs/47_int4.ipynb #31f2702d
 def pick_int4_tile(
     M: int,  # rows of y
     N: int,  # columns of y
-    segmented: bool = False,  # as `int4_tiles`
+    scales: int = 0,  # as `int4_tiles`
     processors: int = 132,  # of the GPU
+    crowded: bool = False,  # as `int4_tiles`
 ) -> Int4Tile:  # the one with the fewest expected clocks
     "The tile that should be fastest"
     def cost(tile):
         tiles = -(-M//tile.tokens)*-(-N//tile.channels)
         products = tile.tokens*tile.channels/32
         through = (tile.stage + tile.consumers*(tile.tokens*128 + 4096))/128
-        return -(-tiles//processors)*(max(products, through) + 200), tile.stage, -tile.tokens
-    return min(int4_tiles(segmented), key=cost)
+        stage = max(products, through) + 300
+        if scales > 1: stage = products + tile.consumers*(tile.tokens + 100) + 400/tile.consumers
+        return -(-tiles//processors)*stage, tile.stage, -tile.tokens
+    return min(int4_tiles(scales, crowded), key=cost)
 
 # %% ../nbs/47_int4.ipynb #6a0a45fc
 _SOURCE = 'wgmma/sm90_s4s8_gemm.cu'
@@ -136,6 +149,8 @@ class Int4Linear:
         if gpu_arch(device) != 'sm_90a':
             raise ValueError(f'{device} is {gpu_arch(device)}: this kernel is made of instructions '
                              'that only Hopper (sm_90a) has, see w8a8_sm80.')
+        if not isinstance(columns, PackedColumns | None):
+            raise TypeError(f'columns is a {type(columns).__name__}: expected PackedColumns.')
         self.columns = columns = columns or PackedColumns((weight.shape[1]*_STEP,))
         self.granules, self.K = _granules(columns, group), columns.width
         if self.K >= 2**17:
@@ -195,26 +210,30 @@ class Int4Linear:
                              f'rows of {str(dtype)[6:]} results are aligned, see w8a8_sm80.')
         if len(self.plans) >= 256: self.plans.clear()
         processors = gpu_processors(self.device)
-        tile = tile or pick_int4_tile(M, N, parts > 1, processors)
+        crowded = size == 4 or self.up is not None
+        tile = tile or pick_int4_tile(M, N, _scales(self.granules), processors, crowded)
         tiles_m, tiles_n = -(-M//tile.tokens), -(-N//tile.channels)
         rank = 0 if self.up is None else self.up.shape[1]
         numbers = (M, N, -(-self.K//_STEP), tiles_m, tiles_n, tokens, self.terms, parts,
-                   self.per_granule, max(1, 2048//tile.tokens), rank)
+                   self.per_granule, max(1, 2048//tile.tokens), rank,
+                   -(-self.K//_units(self.granules)[0]))
         kernel = get_kernel(_SOURCE, 's4s8_gemm_sm90', self.device, tile.shared(size),
                             **_defines(tile, dtype, self.granules, self.up))
         layout = f'128s 128s 128s {len(numbers)}i P P P P' + ' 128s P'*(rank > 0)
         run = Launcher(kernel, (128*(tile.consumers + 1),), layout, tile.shared(size))
         return (run, (min(tiles_m*tiles_n, processors),), tile.tokens,
-                _weight_map(self.kept[0], tile.consumers), (tile.box_tokens, 128//size), numbers)
+                _weight_map(self.kept[0].data_ptr(), self.kept[0].shape, tile.consumers),
+                (tile.box_tokens, 128//size), numbers)
 
     def _check(self, codes, scale_x, dtype, low, out):
         "Cheap questions; where one fails, the slow ones say what is wrong"
-        if not (codes.dtype is torch.int8 and codes.ndim == 2 and codes.shape[1] == self.K
-                and codes.device == self.device and codes.is_contiguous()
-                and not codes.data_ptr() % 16):
+        if not (isinstance(codes, Tensor) and codes.dtype is torch.int8 and codes.ndim == 2
+                and codes.shape[1] == self.K and codes.device == self.device
+                and codes.is_contiguous() and not codes.data_ptr() % 16):
             check_tensor(codes, 'codes', torch.int8, (None, self.K), self.device)
         M, terms = codes.shape[0], self.terms
-        if not (scale_x.dtype is torch.float32 and scale_x.shape in ((terms, M), (terms, 1))
+        if not (isinstance(scale_x, Tensor) and scale_x.dtype is torch.float32
+                and scale_x.shape in ((terms, M), (terms, 1))
                 and scale_x.device == self.device and scale_x.is_contiguous()):
             if isinstance(scale_x, Tensor) and scale_x.shape[:1] == (2*terms,):
                 raise ValueError(f'scale_x has {2*terms} rows for {terms} segments: dual scales '
@@ -230,22 +249,24 @@ class Int4Linear:
             _check_low_rank(low, 'low', self.up.dtype, (M, self.up.shape[1]), self.device)
 
 
-def _weight_map(weight: Tensor, consumers: int) -> bytes:
+def _weight_map(address: int, shape: tuple[int, int, int], consumers: int) -> AddressBytes:
     "As `tensor_map`, of three dimensions: a copy has 4096 bytes for each consumer"
     room = (ctypes.c_char*192)()
     aligned = -(-ctypes.addressof(room)//64)*64
     def array(kind, *values): return (kind*len(values))(*values)
-    u32, u64, (blocks, stages, size) = ctypes.c_uint32, ctypes.c_uint64, weight.shape
+    u32, u64, (blocks, stages, size) = ctypes.c_uint32, ctypes.c_uint64, shape
     def encode():  # 32-bit words; no interleave, no swizzle, 256-byte L2 reads, zeros
         return _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(aligned), 2, 3, ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_void_p(aligned), 2, 3, ctypes.c_void_p(address),
             array(u64, 256, 4*stages, blocks), array(u64, 1024, stages*size),
             array(u32, 256, 4, consumers), array(u32, 1, 1, 1), 0, 0, 3, 0)
     status = encode()
     if status == NO_CONTEXT and bind_context(): status = encode()
     if status: raise RuntimeError(f'cuTensorMapEncodeTiled returned error {status} for a weight of '
-                                  f'shape {tuple(weight.shape)}: update the driver.')
-    return ctypes.string_at(aligned, 128)
+                                  f'shape {tuple(shape)}: update the driver.')
+    made = AddressBytes(ctypes.string_at(aligned, 128))
+    made.address, made.moved = address, lambda other: _weight_map(other, shape, consumers)
+    return made
 
 
 def _check_low_rank(x, name: str, dtype, shape: tuple, device: torch.device):
@@ -270,9 +291,25 @@ def _table(granules: tuple[tuple[int, bool], ...], device: torch.device) -> Tens
 
 
 def _defines(tile, dtype, granules, t=None):
-    return dict(OUTPUT=_OUTPUTS[dtype], SEGMENTED=len(granules) > 1, TOKENS=tile.tokens,
-                LOW_RANK=0 if t is None else _OUTPUTS[t.dtype] + 1, CONSUMERS=tile.consumers,
+    unit, whole = _units(granules)
+    return dict(OUTPUT=_OUTPUTS[dtype], SEGMENTED=_scales(granules),
+                UNIT=unit, WHOLE=whole, TOKENS=tile.tokens, CONSUMERS=tile.consumers,
+                LOW_RANK=0 if t is None else _OUTPUTS[t.dtype] + 1,
                 STAGES=tile.stages(dtype.itemsize))
+
+
+def _scales(granules: tuple[tuple[int, bool], ...]) -> int:
+    "Along K: 0 one scale, 1 input segments, 2 groups of columns of the weight, 3 both"
+    segments = sum(last for _, last in granules)
+    return (segments > 1) + 2*(len(granules) > segments)
+
+
+def _units(granules: tuple[tuple[int, bool], ...]) -> tuple[int, bool]:
+    "Columns that are multiplied without a look at scales; is every granule so long?"
+    ends = [end for end, _ in granules]
+    unit = next(u for u in (_STEP, 64, 32) if not any(end % u for end in ends[:-1]))
+    every = [-(-end//unit) for end in ends] == [*range(1, len(ends) + 1)]
+    return unit, _scales(granules) > 1 and every
 
 # %% ../nbs/47_int4.ipynb #591c163c
 def w4a8_sm90(
@@ -291,6 +328,9 @@ def w4a8_sm90(
 ) -> Tensor:  # (M, N); without low_rank bit for bit what `w8a8_reference` gives
     "The scaled product of int8 activations and int4 weights on the tensor cores of Hopper"
     check_tensor(codes, 'codes', torch.int8, (None, None))
-    columns, (low, up) = columns or PackedColumns((codes.shape[1],)), low_rank or (None, None)
+    if low_rank is not None and not (isinstance(low_rank, tuple | list) and len(low_rank) == 2):
+        raise TypeError('low_rank: expected two tensors, (M, rank) and (N, rank).')
+    low, up = (None, None) if low_rank is None else low_rank
+    if columns is None: columns = PackedColumns((codes.shape[1],))
     linear = Int4Linear(weight, scale_w, bias, columns, group=group, up=up)
     return linear(codes, scale_x, dtype, low, out=out, tile=tile)

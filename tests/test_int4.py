@@ -1,23 +1,17 @@
 """The int4 product of Hopper without a Hopper: its layouts compiled for the host, its launches recorded."""
 import ctypes
-import os
 import random
-import shutil
 import struct
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
 from emulate import emulated_gpu
+from hopper import defines, host_library, random_sizes, recorded_maps
 
 import segquant_nb.hopper_gemm as hopper_gemm
 import segquant_nb.int4 as int4
 from segquant_nb.codes import PackedColumns
-from segquant_nb.cuda import cuda_src_dir
-from segquant_nb.int4 import Int4Tile, _granules, int4_tiles, pack_w4, pick_int4_tile, w4a8_sm90
-
-COMPILER = next(filter(None, map(shutil.which, ('c++', 'g++', 'clang++'))), None)
+from segquant_nb.int4 import Int4Tile, _granules, _scales, _units, int4_tiles, pack_w4, pick_int4_tile, w4a8_sm90
 
 SOURCE = '''
 #include "wgmma/int4.cuh"
@@ -30,13 +24,7 @@ extern "C" unsigned place(int token, int channel, int tokens) { return turned_fl
 
 
 @pytest.fixture(scope='module')
-def device_code(tmp_path_factory):
-    if COMPILER is None and 'CI' not in os.environ: pytest.skip('no C++ compiler on this machine (c++, g++ or clang++)')
-    folder = tmp_path_factory.mktemp('int4')
-    (folder/'int4.cpp').write_text(SOURCE)
-    subprocess.run([COMPILER, '-std=c++17', '-O1', '-Wall', '-Werror', '-Wno-unknown-pragmas', '-shared', '-fPIC', f'-I{cuda_src_dir()}',
-                    '-o', folder/'int4.so', folder/'int4.cpp'], check=True)
-    return ctypes.CDLL(str(folder/'int4.so'))
+def device_code(tmp_path_factory): return host_library(tmp_path_factory.mktemp('int4'), SOURCE)
 
 
 def code_at(thread, i, byte):
@@ -109,33 +97,20 @@ def test_sixteen_times_too_large_rounds_alike():
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    "A driver that keeps what it is asked to encode"
-    asked = []
-
-    def encode(target, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
-        asked.append(dict(kind=kind, address=address.value, sizes=list(sizes), strides=list(strides), box=list(box)))
-        ctypes.memset(target, len(asked), 128)
-        return 0
-
-    for module in (hopper_gemm, int4): monkeypatch.setattr(module, '_driver', lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    hopper_gemm.tensor_map.cache_clear()
-    yield asked
-    hopper_gemm.tensor_map.cache_clear()
+def driver(monkeypatch): yield from recorded_maps(monkeypatch, int4)
 
 
 def call(rng, dtype):
     "Arguments of random shapes"
-    M, N = rng.randint(1, 700), rng.randint(1, 90)*8
-    sizes = tuple(rng.randint(1, 200) for _ in range(rng.choice((1, 1, 2, 5))))
-    columns, group = PackedColumns(sizes), rng.choice((None, None, 32, 64, 288))
-    granules = len(_granules(columns, group))
+    (M, N, columns), group = random_sizes(rng), rng.choice((None, None, 32, 64, 288))
+    sizes, granules = columns.sizes, _granules(columns, group)
     given = dict(codes=torch.zeros(M, columns.width, dtype=torch.int8), weight=pack_w4(torch.zeros(N, columns.width, dtype=torch.int8)),
                  scale_x=torch.ones(len(sizes), rng.choice((1, M))), columns=columns, dtype=dtype, group=group,
-                 scale_w=torch.ones(N) if group is None and rng.random() < .5 else torch.ones(granules, N))
+                 scale_w=torch.ones(N) if group is None and rng.random() < .5 else torch.ones(len(granules), N))
     if rng.random() < .5: given['bias'] = torch.zeros(N)
-    if rng.random() < .7: given['tile'] = rng.choice(int4_tiles(granules > 1))
-    if rng.random() < .3:
+    crowded = rng.random() < .3
+    if rng.random() < .7: given['tile'] = rng.choice(int4_tiles(_scales(granules), crowded or dtype is torch.float32))
+    if crowded:
         rank, half = rng.randint(1, 20)*8, rng.choice((torch.bfloat16, torch.float16))
         given['low_rank'] = torch.zeros(M, rank, dtype=half), torch.zeros(N, rank, dtype=half)
     return given
@@ -153,27 +128,30 @@ def test_launches_of_random_shapes(driver):
         granules, (t, up) = _granules(columns, given['group']), given.get('low_rank', (None, None))
         assert y.shape == (M, N) and y.dtype == dtype
         launch, = gpu.launches
-        options = {name: int(value) for name, value in (o[2:].split('=') for o in launch.options if o.startswith('-D'))}
+        options = defines(launch)
         tile, size = Int4Tile(options['TOKENS'], options['CONSUMERS']), dtype.itemsize
-        assert tile == given.get('tile', tile) and tile in int4_tiles(len(granules) > 1) and launch.block == (128*(tile.consumers + 1),)
+        assert tile == given.get('tile', tile) and tile in int4_tiles(_scales(granules), size == 4 or t is not None) and launch.block == (128*(tile.consumers + 1),)
         assert options['LOW_RANK'] == (0 if t is None else 1 + (t.dtype is torch.float16))
-        assert options['SEGMENTED'] == (len(granules) > 1)
+        assert options['SEGMENTED'] == _scales(granules)
+        unit = options['UNIT']
+        assert options['WHOLE'] == (options['SEGMENTED'] > 1 and [-(-end//unit) for end, _ in granules] == [*range(1, len(granules) + 1)])
+        assert all(end % unit == 0 for end, _ in granules[:-1]) and (unit == 128 or any(end % (2*unit) for end, _ in granules[:-1]))
         # what struct Shared in the source takes
         stages, box = options['STAGES'], (16 if tile.tokens % 32 else 32)*64*size
         assert stages >= 4 and launch.shared == tile.shared(size) <= 227*1024
         assert launch.shared >= stages*(tile.tokens*128 + tile.consumers*4096) + tile.consumers*2*box + 2*tile.tokens*4 + 16*(stages + 2)
         w_map, x_map, y_map, t_map = (next((m for m in driver if x is not None and m['address'] == x.data_ptr()), None)
                                       for x in (given['weight'], given['codes'], y, t))
-        assert w_map == dict(kind=2, address=given['weight'].data_ptr(), sizes=[256, -(-K//128)*4, -(-N//64)], strides=[1024, -(-K//128)*4096],
+        assert w_map == dict(kind=2, rank=3, address=given['weight'].data_ptr(), sizes=[256, -(-K//128)*4, -(-N//64)], strides=[1024, -(-K//128)*4096],
                              box=[256, 4, tile.consumers])
-        assert x_map == dict(kind=0, address=given['codes'].data_ptr(), sizes=[K, M], strides=[K], box=[128, tile.tokens])
-        assert y_map == dict(kind={2: 1, 4: 2}[size], address=y.data_ptr(), sizes=[N, M], strides=[N*size], box=[128//size, box//(64*size)])
-        if t is not None: assert t_map == dict(kind=1, address=t.data_ptr(), sizes=[t.shape[1], M], strides=[2*t.shape[1]], box=[64, tile.tokens])
+        assert x_map == dict(kind=0, rank=2, address=given['codes'].data_ptr(), sizes=[K, M], strides=[K], box=[128, tile.tokens])
+        assert y_map == dict(kind={2: 1, 4: 2}[size], rank=2, address=y.data_ptr(), sizes=[N, M], strides=[N*size], box=[128//size, box//(64*size)])
+        if t is not None: assert t_map == dict(kind=1, rank=2, address=t.data_ptr(), sizes=[t.shape[1], M], strides=[2*t.shape[1]], box=[64, tile.tokens])
         tiles_m, tiles_n = -(-M//tile.tokens), -(-N//tile.channels)
         assert launch.grid == (min(tiles_m*tiles_n, 108),)
-        assert struct.unpack('11i', launch.arguments[3].tobytes()) == (
+        assert struct.unpack('12i', launch.arguments[3].tobytes()) == (
             M, N, -(-K//128), tiles_m, tiles_n, given['scale_x'].shape[1], len(columns.sizes), len(granules),
-            N if given['scale_w'].ndim == 2 else 0, max(1, 2048//tile.tokens), 0 if t is None else t.shape[1])
+            N if given['scale_w'].ndim == 2 else 0, max(1, 2048//tile.tokens), 0 if t is None else t.shape[1], -(-K//unit))
         assert [int(a) != 0 for a in launch.arguments[4:8]] == [True, True, 'bias' in given, True]
         assert [a for a in launch.arguments[9:]] == ([] if up is None else [up.data_ptr()])
 
@@ -188,17 +166,28 @@ def test_granules_end_where_segments_do():
     assert int4._table(_granules(columns, 96), torch.device('cpu')).tolist() == [2*2 + 1, 5*2, 6*2 + 1, 8*2 + 1]
 
 
+@pytest.mark.parametrize('sizes, group, scales, units', [
+    ((3072,), None, 0, (128, False)), ((3072, 12288), None, 1, (128, False)), ((100, 40), None, 1, (128, False)), ((40, 100), None, 1, (64, False)),
+    ((3072,), 128, 2, (128, True)), ((320,), 128, 2, (128, True)), ((320,), 64, 2, (64, True)), ((3072,), 256, 2, (128, False)), ((640,), 96, 2, (32, False)),
+    ((640,), 32, 2, (32, True)), ((128, 256), 64, 3, (64, True)), ((100, 300), 128, 3, (128, True)), ((300, 100), 128, 3, (64, False)), ((40, 100), 192, 1, (64, False)), ((40,), 64, 0, (128, False))])
+def test_units_end_where_scales_do(sizes, group, scales, units):
+    granules = _granules(PackedColumns(sizes), group)
+    assert _scales(granules) == scales and _units(granules) == units
+
+
 def test_empty_results_need_no_launch(driver):
     with emulated_gpu(run=False, capability=(9, 0)) as gpu:
         y = w4a8_sm90(torch.zeros(0, 64, dtype=torch.int8), pack_w4(torch.zeros(8, 64, dtype=torch.int8)), torch.ones(1, 1), torch.ones(8))
     assert y.shape == (0, 8) and not gpu.launches
 
 
-@pytest.mark.parametrize('segmented', [False, True])
-def test_the_picked_tile_fits(segmented):
-    for tile in int4_tiles(segmented):
+@pytest.mark.parametrize('scales', range(4))
+@pytest.mark.parametrize('crowded', [False, True])
+def test_the_picked_tile_fits(scales, crowded):
+    assert {*int4_tiles(scales, True)} <= {*int4_tiles(scales)}
+    for tile in int4_tiles(scales, crowded):
         for size in (2, 4):
             assert tile.shared(size) <= 227*1024 and tile.stages(size) >= 4
     for M in (1, 77, 333, 512, 4096, 4608):
         for N in (64, 640, 2432, 12288):
-            assert pick_int4_tile(M, N, segmented) in int4_tiles(segmented)
+            assert pick_int4_tile(M, N, scales, crowded=crowded) in int4_tiles(scales, crowded)

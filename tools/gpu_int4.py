@@ -81,13 +81,14 @@ def check(M, N, sizes, dtype, tile, group=None, tokens=True, bias=True, extreme=
 def cases():
     "What is checked: every tile on ragged shapes, every type and option; then large shapes"
     dtypes, i = [torch.bfloat16, torch.float16, torch.float32], 0
-    for segmented in (False, True):
-        for tile in int4_tiles(segmented):
-            for M, N, K in ((256, 512, 384), (77, 648, 336), (1031, 1288, 640)):
+    for scales in range(4):
+        for tile in int4_tiles(scales):
+            for M, N, K in random.sample(((256, 512, 384), (77, 648, 336), (1031, 1288, 640)), 2):
                 i += 1
-                sizes = cut(K, random.choice((2, 3, 5))) if segmented and i % 2 else (K,)
-                yield dict(M=M, N=N, sizes=sizes, dtype=dtypes[i % 3], tile=tile, tokens=i % 5 > 0, bias=i % 4 > 0, rank=(0, 0, 16, 0, 40, 0, 136)[i % 7],
-                           group=random.choice((32, 64, 96, 128, 160, 288)) if segmented and (len(sizes) == 1 or i % 4 == 1) else None)
+                sizes, dtype, rank = cut(K, random.choice((2, 3, 5))) if scales % 2 else (K,), dtypes[i % 3], (0, 0, 16, 0, 40, 0, 136)[i % 7]
+                if tile not in int4_tiles(scales, True): dtype, rank = random.choice(dtypes[:2]), 0
+                yield dict(M=M, N=N, sizes=sizes, dtype=dtype, tile=tile, tokens=i % 5 > 0, bias=i % 4 > 0, rank=rank,
+                           group=random.choice((32, 64, 96, 128, 160, 256)) if scales > 1 else None)
     for M, N, sizes, options in (
             (4608, 3072, (3072,), {}), (4096, 12288, (3072,), dict(dtype=torch.float16)), (512, 3072, (12288,), {}), (1, 3072, (3072,), {}),
             (333, 2432, (2432,), dict(dtype=torch.float32)), (4608, 3072, (3072, 12288), {}), (4096, 1536, (64,)*24, {}), (3, 1280, (4096,), dict(group=256, extreme=True)),
@@ -100,7 +101,8 @@ def compile_all(chosen):
     def one(case):
         M, N, columns = case['M'], case['N'], PackedColumns(case['sizes'])
         granules = int4._granules(columns, case.get('group'))
-        tile = case['tile'] or pick_int4_tile(M, N, len(granules) > 1, cuda.gpu_processors(DEVICE))
+        crowded = case['dtype'] is torch.float32 or bool(case.get('rank'))
+        tile = case['tile'] or pick_int4_tile(M, N, int4._scales(granules), cuda.gpu_processors(DEVICE), crowded)
         cuda._cubin_file(int4._SOURCE, cuda.gpu_arch(DEVICE), int4._defines(tile, case['dtype'], granules, None if not case.get('rank') else torch.empty(0, dtype=HALVES[case['rank'] % 16 == 0])))
     with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(one, chosen))
 

@@ -6,9 +6,11 @@
 //
 // Fixed when compiled:
 //   OUTPUT     0 bfloat16, 1 float16, 2 float32
-//   SEGMENTED  more than one scale along K: input segments, or groups of columns of w
+//   SEGMENTED  scales along K: 0 one, 1 of input segments, 2 of groups of columns of w, 3 of both
+//   UNIT       columns of K that are multiplied without a look at scales: 128, 64, 32; all ends are multiples
+//   WHOLE      each granule is a unit
 //   LOW_RANK   1 bfloat16, 2 float16: t · upᵀ is added before the bias; 0: no
-//   TOKENS     rows of x in a tile: 16, 32, 48, 64, 80, 96, 112, 128, 192, 256
+//   TOKENS     rows of x in a tile: a multiple of 16, at most 256
 //   CONSUMERS  1 to 3 warpgroups: a tile has 64 channels for each
 //   STAGES     of the ring, each 128 columns of K
 #include "tma/block.cuh"
@@ -20,6 +22,10 @@
 #define BK 128
 #define THREADS (128 * (CONSUMERS + 1))
 #define SUMS (TOKENS / 2)  // of a thread
+#define ONCE_SCALED (SEGMENTED >= 2 ? 1.f : SQ_INT4_SCALE)  // scales of w, see wgmma/int4.cuh; sums of groups are as much too large
+#define TABLE (!WHOLE || SEGMENTED == 3)  // are ends read?
+#define STEPS (UNIT / 32)
+#define UNITS (BK / UNIT)  // of a stage
 #define X_BYTES (TOKENS * BK)
 #define W_BYTES (64 * BK / 2)  // of a consumer
 #define STAGE_BYTES (X_BYTES + CONSUMERS * W_BYTES)
@@ -44,6 +50,7 @@ struct Problem {
     int scale_w_stride;    // N, or 0: the same for all
     int band;              // see layout.cuh
     int rank;              // columns of t and up, with LOW_RANK
+    int units;             // of the columns of w
 };
 
 // The consumers' side of the ring.
@@ -99,24 +106,24 @@ SQ_INLINE void keep(uint32 (&codes)[4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(codes[i]));
 }
 
-// sums += w · xᵀ over half a stage, the first one of a scale without what sums were. In flight when this returns.
-SQ_INLINE void multiply_half(int (&sums)[SUMS], const Words4& packed, uint32 (&codes)[2][4], uint64 x, bool first = false) {
+// sums += w · xᵀ over half a stage. In flight when this returns.
+SQ_INLINE void multiply_half(int (&sums)[SUMS], const Words4& packed, uint32 (&codes)[2][4], uint64 x) {
     expand_int4(packed.word[0], packed.word[1], codes[0]);
     expand_int4(packed.word[2], packed.word[3], codes[1]);
     keep(codes[0]);
     keep(codes[1]);
     wgmma_fence();
-    FromRegisters<TOKENS>::codes(sums, codes[0], x, !first);
+    FromRegisters<TOKENS>::codes(sums, codes[0], x);
     FromRegisters<TOKENS>::codes(sums, codes[1], x + 2);
     wgmma_commit();
 }
 
 // The same over a whole stage. While the tensor cores work on one half, the codes of the next are unpacked.
-SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS], bool first = false) {
+SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS]) {
     ring.wait();
     const uint64 x = ring.x_rows();
     uint32 codes[2][2][4];
-    multiply_half(sums, ring.w(0), codes[0], x, first);
+    multiply_half(sums, ring.w(0), codes[0], x);
     wgmma_wait<1>();
     ring.release_held();
     multiply_half(sums, ring.w(1), codes[1], x + 4);
@@ -124,30 +131,49 @@ SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS], bool first = false) {
     ring.next();
 }
 
-// The same over steps [from, to) of a stage, for the ends of a scale's columns. Nothing stays in flight.
-SQ_INLINE void multiply(Ring& ring, int (&sums)[SUMS], int from, int to, bool first) {
-    if (from == 0) ring.wait();
-    const uint64 x = ring.x_rows();
-    uint32 codes[2][4];
-#pragma unroll 1
-    for (int step = from; step < to; first = false) {
-        if (step % 2 == 0 && step + 2 <= to) {
-            multiply_half(sums, ring.w(step / 2), codes, x + 2 * step, first);
-            step += 2;
-        } else {
-            const uint32* packed = ring.w(step / 2).word + step % 2 * 2;
-            expand_int4(packed[0], packed[1], codes[0]);
-            keep(codes[0]);
-            wgmma_fence();
-            FromRegisters<TOKENS>::codes(sums, codes[0], x + 2 * step, !first);
-            wgmma_commit();
-            step += 1;
-        }
-        wgmma_wait<0>();
+#if SEGMENTED
+// A thread's words of w for a unit.
+struct Unit {
+    uint32 word[2 * STEPS];
+
+    SQ_INLINE void read(Ring& ring, int at) {
+        if (at == 0) ring.wait();
+        if (UNIT == 32) {
+            struct alignas(8) Words2 { uint32 word[2]; };
+            const Words2 two = *reinterpret_cast<const Words2*>(ring.w(at / 2).word + at % 2 * 2);
+            word[0] = two.word[0], word[1] = two.word[1];
+        } else
+#pragma unroll
+            for (int half = 0; half < UNIT / 64; ++half) {
+                const Words4 four = ring.w(UNIT == 128 ? half : at);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) word[4 * half + i] = four.word[i];
+            }
     }
-    ring.release_held();
-    if (to == 4) ring.next();
+    SQ_INLINE void expand(uint32 (&codes)[STEPS][4]) const {
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+            expand_int4(word[2 * s], word[2 * s + 1], codes[s]);
+            keep(codes[s]);
+        }
+    }
+};
+
+// sums += w · xᵀ over a unit, the first one of a granule without what sums were. In flight when this returns.
+SQ_INLINE void multiply_unit(int (&sums)[SUMS], const uint32 (&codes)[STEPS][4], uint64 x, bool first) {
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) FromRegisters<TOKENS>::codes(sums, codes[s], x + 2 * s, s || !first);
+    wgmma_commit();
 }
+
+// A scale of w, asked for here: were the load not volatile, the compiler would move it to where it is used.
+SQ_INLINE float load_ahead(const float* from) {
+    float value;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+}
+#endif
 
 #if LOW_RANK
 // Columns 32 block … of a thread's rows of up, as wgmma wants them; zero behind the last one.
@@ -290,57 +316,87 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s4s8_gemm_sm90(
 #if LOW_RANK
             uint32 factors[2][4];
 #endif
-            clear(sums);
 
-            if (!SEGMENTED) {
+#if !SEGMENTED
+            clear(sums);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) w_scale[h] = __ldg(scale_w + channels[h]) * SQ_INT4_SCALE;
+            for (int h = 0; h < 2; ++h) w_scale[h] = __ldg(scale_w + channels[h]) * SQ_INT4_SCALE;
 #pragma unroll 1
-                for (int block = 0; block < p.blocks; ++block) multiply(ring, sums);
+            for (int block = 0; block < p.blocks; ++block) multiply(ring, sums);
 #if LOW_RANK
-                load_up(up, channels, p.rank, 0, factors);
+            load_up(up, channels, p.rank, 0, factors);
 #endif
-                wgmma_wait<0>();
-                pin(sums);
-                ring.release_held();
-            } else {
-#pragma unroll 1
-                for (int g = 0, step = 0; g < p.granules; ++g) {
-                    const int end = __ldg(ends + g), from = step, to = g == p.granules - 1 ? 4 * p.blocks : end / 2;
+            wgmma_wait<0>();
+            pin(sums);
+            ring.release_held();
+#else
+            float within[SUMS] = {};  // of the groups of a segment so far; with SEGMENTED == 3
+            // What is known of a granule before its sums are: where it ends, and its scales.
+            int granule = 0, end = TABLE ? __ldg(ends) : 0, next_end = 0, at = 0;
+            bool first = true;
+            float next_scale[2];
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) w_scale[h] = __ldg(scale_w + (uint32)(g * p.scale_w_stride + channels[h])) * SQ_INT4_SCALE;
-                    // Up to a whole stage, whole stages, and what is left.
-                    auto part = [&] {
-                        const int first = step % 4, last = min(first + to - step, 4), next = step + last - first;
-                        multiply(ring, sums, first, last, step == from);
-                        step = next;
-                    };
-                    // NOTE: each way leads through wait and pin, see sm90_s8_gemm.cu.
-                    auto settle = [&] {
-                        wgmma_wait<0>();
-                        pin(sums);
-                    };
-                    settle();
-                    if (step % 4) part();
-                    settle();
-#pragma unroll 1
-                    for (; step + 4 <= to; step += 4) multiply(ring, sums, step == from);
-                    settle();
-                    if (step < to) part();
-                    settle();
-                    ring.release_held();
-                    // The boundary: sums become floats and start over.
-                    const float* x_scales = vectors.wait();
+            for (int h = 0; h < 2; ++h) w_scale[h] = __ldg(scale_w + channels[h]) * ONCE_SCALED;
+            auto look_ahead = [&] {
+                const int next = min(granule + 1, p.granules - 1);
+                if (TABLE) next_end = __ldg(ends + next);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) next_scale[h] = load_ahead(scale_w + (uint32)(next * p.scale_w_stride + channels[h]));
+            };
+            // The boundary: sums become floats and start over.
+            auto scale_sums = [&] {
+                const bool ends_segment = SEGMENTED == 1 || SEGMENTED == 3 && end % 2;
+                const float* x_scales = ends_segment ? vectors.wait() : nullptr;
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; ++j) {
+                    const float2 x = SEGMENTED == 1 ? pair_at(x_scales + 8 * j) : float2();
+#pragma unroll
+                    for (int i = 4 * j; i < 4 * j + 4; ++i) {
+                        float& to = SEGMENTED == 3 ? within[i] : total[i];
+                        if (SEGMENTED == 1) to = __fadd_rn(to, scaled_term(sums[i], i % 2 ? x.y : x.x, w_scale[i / 2 % 2]));
+                        else to = fmaf(__int2float_rn(sums[i]), w_scale[i / 2 % 2], to);
+                    }
+                }
+                if (SEGMENTED == 3 && ends_segment)
 #pragma unroll
                     for (int j = 0; j < TOKENS / 8; ++j) {
                         const float2 x = pair_at(x_scales + 8 * j);
 #pragma unroll
-                        for (int i = 4 * j; i < 4 * j + 4; ++i)
-                            total[i] = __fadd_rn(total[i], scaled_term(sums[i], i % 2 ? x.y : x.x, w_scale[i / 2 % 2]));
+                        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+                            total[i] = __fadd_rn(total[i], __fmul_rn(within[i] * SQ_INT4_SCALE, i % 2 ? x.y : x.x));
+                            within[i] = 0.f;
+                        }
                     }
-                    if (end % 2) vectors.release();
+                if (ends_segment) vectors.release();
+            };
+            auto next_granule = [&] {
+                ++granule;
+                end = next_end;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) w_scale[h] = next_scale[h] * ONCE_SCALED;
+            };
+            auto ends_at = [&](int unit) { return WHOLE || unit + 1 == p.units || (unit + 1) * (2 * STEPS) == (end & ~1); };
+            Unit packed;
+            packed.read(ring, at);
+#pragma unroll 1
+            for (int unit = 0; unit < p.units; ++unit) {
+                uint32 codes[STEPS][4];
+                packed.expand(codes);
+                multiply_unit(sums, codes, ring.x_rows() + at * (2 * STEPS), first);
+                if (first) look_ahead();
+                const bool last = unit + 1 == p.units;
+                if (++at == UNITS || last) ring.next(), at = 0;
+                if (!last) packed.read(ring, at);
+                wgmma_wait<0>();
+                pin(sums);
+                ring.release_held();
+                first = ends_at(unit);
+                if (first) {
+                    scale_sums();
+                    next_granule();
                 }
             }
+#endif
 
             // Scale, and send the tile out in boxes of BOX_TOKENS × 64 channels, each warpgroup on its own.
             typedef Output<OUTPUT> Out;
@@ -348,15 +404,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s4s8_gemm_sm90(
             if (bias)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) biases[h] = __ldg(bias + channels[h]);
-            const float* x_scales = SEGMENTED ? nullptr : vectors.wait();
+            const float* x_scales = SEGMENTED % 2 ? nullptr : vectors.wait();
+            auto value_of = [&](int i, float x) {
+                if (SEGMENTED % 2) return total[i];
+                return SEGMENTED ? __fmul_rn(total[i] * SQ_INT4_SCALE, x) : scaled_term(sums[i], x, w_scale[i / 2 % 2]);
+            };
 #if LOW_RANK
             if (SEGMENTED) load_up(up, channels, p.rank, 0, factors);
 #pragma unroll
             for (int j = 0; j < TOKENS / 8; ++j) {
-                const float2 x = SEGMENTED ? float2() : pair_at(x_scales + 8 * j);
+                const float2 x = SEGMENTED % 2 ? float2() : pair_at(x_scales + 8 * j);
 #pragma unroll
                 for (int i = 4 * j; i < 4 * j + 4; ++i)
-                    sums[i] = __float_as_int(SEGMENTED ? total[i] : scaled_term(sums[i], i % 2 ? x.y : x.x, w_scale[i / 2 % 2]));
+                    sums[i] = __float_as_int(value_of(i, i % 2 ? x.y : x.x));
             }
             add_low_rank(ring, sums, factors, up, channels, p.rank);
 #endif
@@ -372,16 +432,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s4s8_gemm_sm90(
                     Out::Pair pairs[2][2];
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const float2 x = SEGMENTED || LOW_RANK ? float2() : pair_at(x_scales + at + 8 * j);
+                        const float2 x = SEGMENTED % 2 || LOW_RANK ? float2() : pair_at(x_scales + at + 8 * j);
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             const int i = at / 2 + 4 * j + 2 * h;
                             float value[2];
 #pragma unroll
                             for (int e = 0; e < 2; ++e) {
-                                value[e] = LOW_RANK    ? __int_as_float(sums[i + e])
-                                           : SEGMENTED ? total[i + e]
-                                                       : scaled_term(sums[i + e], e ? x.y : x.x, w_scale[h]);
+                                value[e] = LOW_RANK ? __int_as_float(sums[i + e]) : value_of(i + e, e ? x.y : x.x);
                                 value[e] = __fadd_rn(value[e], biases[h]);
                             }
                             pairs[j][h] = Out::pack(value[0], value[1]);
@@ -396,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) s4s8_gemm_sm90(
                     if (OUTPUT == 2) store_box(&y_map, out + BOX_TOKENS * 128, first_channel + 32, first_token + part * BOX_TOKENS);
                 }
             }
-            if (!SEGMENTED) vectors.release();
+            if (SEGMENTED % 2 == 0) vectors.release();
         }
         if (threadIdx.x % 128 == 0) wait_stores<0>();
     }
