@@ -1,10 +1,9 @@
 """Kernels for a few rows, run on an emulated GPU and held to PyTorch: ragged shapes, spans of odd sizes, accidents, faults."""
+import ctypes
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import struct
 from unittest import mock
 
 import numpy as np
@@ -12,30 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulate import COMPILER, emulated_gpu
-from test_cuda_emulated import GUARDED, activations
+from emulate.cases import activations
+from emulate.guarded import in_guarded_memory
 
 import segquant_nb.cuda as cuda
 import segquant_nb.small as small
 from segquant_nb.codes import Codes, PackedColumns, quantize_reference
 from segquant_nb.formats import pack_int4
-from segquant_nb.small import _int8_block, small_block, small_reason, w8a16_reference, w8a16_small, w8a8_small, w8a8_small_reference, weight_spans
+from segquant_nb.gemm import granule_columns
+from segquant_nb.small import _int8_block, small_block, small_reason, w8a16_reference, w8a16_small, w8a8_small, w8a8_small_reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None and 'CI' not in os.environ, reason='no C++ compiler on this machine (c++, g++ or clang++)')
-
-
-@pytest.fixture(autouse=True)
-def poisoned_results():
-    "What a kernel does not write is NaN, or the largest integer"
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def weights(N, columns, bits=8, group=None, per_span=False, seed=0):
     "A packed weight and its scales"
     g, highest = torch.Generator().manual_seed(seed), 2**(bits - 1) - 1
     codes = columns.pack(torch.randint(-highest - 1, highest + 1, (N, columns.columns), generator=g, dtype=torch.int8))
-    spans = len(weight_spans(columns, group)[0])
+    spans = len(granule_columns(columns, group)[1])
     scale = torch.rand(*((spans, N) if group or per_span else (N,)), generator=g)*.1/highest
     return pack_int4(codes) if bits == 4 else codes, scale
 
@@ -64,7 +57,7 @@ def test_layers(seed):
     want = w8a8_small_reference(x, weight, scale_w, **options)
     for early in (False, True):
         with emulated_gpu(seed, early_copies=early, processors=2) as gpu: y = w8a8_small(x, weight, scale_w, **options)
-        assert same(y, want) and len(gpu.launches) == 1, (M, N, sizes, options)
+        assert same(y, want) and len(gpu.launches) == 2, (M, N, sizes, options)
 
 
 @pytest.mark.parametrize('M', (1, 7, 8, 9, 16))
@@ -140,7 +133,7 @@ def test_all_calls_of_a_kernel_ask_for_the_same_room():
     "CuPy hands out one function for one file of machine code: the last one to set its limit sets it for all"
     columns, asked = PackedColumns((3072,)), set()
     weight, scale_w = weights(40, columns)
-    with emulated_gpu(run=False, capability=(9, 0)) as gpu, mock.patch.object(small, 'get_kernel', lambda *a, **k: asked.add(a[3]) or cuda.get_kernel(*a, **k)):
+    with emulated_gpu(run=False, capability=(9, 0)) as gpu, mock.patch.object(small, 'get_kernel', lambda *a, **k: asked.update(a[3:]) or cuda.get_kernel(*a, **k)):
         for M in (9, 16):
             for dual in (False, True): w8a8_small(torch.randn(M, 3072).bfloat16(), weight, scale_w, dual=dual)
             w8a16_small(torch.randn(M, 3072).bfloat16(), weight, scale_w)
@@ -173,7 +166,7 @@ def test_rows_are_shared_out_where_they_do_not_fit():
     weight, scale_w = weights(5, columns)
     x = torch.randn(16, 10240).bfloat16()
     with emulated_gpu(processors=1, capability=(8, 9)) as gpu: y = w8a8_small(x, weight, scale_w)
-    assert gpu.launches[0].grid[1] == 4 and gpu.launches[0].shared <= 99*1024
+    assert gpu.launches[1].grid[1] == 4 and gpu.launches[1].shared <= 99*1024
     assert same(y, w8a8_small_reference(x, weight, scale_w))
 
 
@@ -200,18 +193,22 @@ def test_every_block_fits_its_gpu():
     for arch, room in (('sm_80', 163), ('sm_89', 99), ('sm_90a', 227), ('sm_120', 99)):
         for M in range(1, 17):
             for width in (64, 3072, 15360, 32768):
-                for segments, spans, paths in ((1, 1, 1), (2, 2, 2), (24, 24, 1), (1, width//64, 2)):
-                    if spans > 500: continue
-                    mode, block = _int8_block(M, width, 8, segments, spans, paths, 4*16*(spans + 1), arch)
-                    assert 1 <= block.tokens <= M and block.shared <= 1024*room and block.stages >= 3
-                    assert mode == 0 if spans == 1 else mode
-    assert small_block(1, 99*1024, 64, 'sm_89') is None
+                for segments, spans, paths in ((1, 1, 1), (2, 2, 2), (24, 24, 1), (1, min(width//128, 60), 1)):
+                    for N in (1, 1000, 18432, 100000):
+                        grid, block = _int8_block(M, N, width, 8, segments*paths, spans, spans, paths, arch, 108)
+                        assert 1 <= block.tokens <= M and block.made % 16 == 0 and block.shared <= 1024*room and block.stages >= 3
+                        assert block.rows % 32 == 0 < block.rows and grid <= 108
+    assert small_block(1, 32, 8, 'sm_89', token=99*1024, row=4, sums=lambda tokens: 4) is None
 
 
 def test_what_the_kernels_do_not_take():
     assert not small_reason(16, 32768) and not small_reason(1, 16384, floating=True)
     assert small_reason(17, 64) == '17 rows: expected 1 to 16'
+    many = PackedColumns((32,)*500)
+    with emulated_gpu(run=False), pytest.raises(ValueError, match='500 spans'): w8a8_small(torch.randn(1, 16000), torch.zeros(4, 16000, dtype=torch.int8), torch.ones(500, 4), columns=many, dual=True)
     assert '16384' in small_reason(1, 16448, floating=True)
+    assert not small_reason(16, 3072, spans=96, dual=True, arch='sm_89') and not small_reason(16, 3072, True, 96, arch='sm_89')
+    assert '500 spans' in small_reason(1, 16000, spans=500, dual=True) and 'sm_89' in small_reason(1, 16000, True, 500, arch='sm_89')
     columns = PackedColumns((64,))
     weight, scale_w = weights(4, columns)
     with emulated_gpu(run=False) as gpu:
@@ -242,9 +239,23 @@ def test_a_launch_names_its_options_and_sizes():
     columns = PackedColumns((3072,))
     weight, scale_w = weights(18432, columns)
     with emulated_gpu(run=False, capability=(9, 0), processors=132) as gpu: w8a8_small(torch.randn(1, 3072).bfloat16(), weight, scale_w, dual=True)
-    [launch] = gpu.launches
-    assert launch.function == 's8_gemv' and launch.grid[0] == 132 and max(launch.grid[1:], default=1) == 1 and {'-DDUAL=1', '-DSPANS=0', '-DTILES=1', '-DALIGNED=1'} <= set(launch.options)
+    before, launch = gpu.launches
+    assert launch.function == 's8_gemv' and launch.grid[0] == 132 and max(launch.grid[1:], default=1) == 1 and {'-DDUAL=1', '-DSPANS=0', '-DTILES=1', '-DOVERLAP=1'} <= set(launch.options)
     assert [int(a) for a in launch.arguments if isinstance(a, np.int32)][-5:] == [3072, 139, 84, 1, 1]  # width, rows of a block, blocks with one more, tokens of a block, rows of a gate
+    assert before.function == 'rows_codes' and before.grid == (1,) and {'-DOVERLAP=1', '-DALIGNED=1', '-DHELD=1'} <= set(before.options)
+
+
+def test_only_the_product_starts_early_and_on_hopper_only():
+    columns = PackedColumns((64,))
+    weight, scale_w = weights(8, columns)
+    for capability, counts in (((9, 0), [0, 1]), ((8, 0), [0, 0]), ((12, 0), [0, 0])):
+        for layer in (w8a8_small, w8a16_small):
+            made, launcher = [], cuda._launcher
+            with emulated_gpu(capability=capability), mock.patch.object(cuda, '_launcher', lambda *a: made.append(launcher(*a)) or made[-1]):
+                layer(torch.randn(1, 64).bfloat16(), weight, scale_w)
+            assert [launcher.attributes[1] for launcher in made] == counts
+            for address, count in (launcher.attributes for launcher in made):
+                if count: assert struct.unpack('=I4xI60x', ctypes.string_at(address, 72)) == (6, 1)  # CUlaunchAttribute
 
 
 # ---- would it be noticed? ----
@@ -255,11 +266,11 @@ BREAKS = [  # source, what is broken, early copies or late ones
     ('gemv/stream.cuh', 'loader.place + 1 == STAGES ? 0 : loader.place + 1;', 'loader.place;', True),
     ('gemv/stream.cuh', 'l.piece -= l.at.pieces;', 'l.piece = 0;', False),
     ('gemv/stream.cuh', 'column >= l.at.start && column < l.at.end ? l.last : 0', 'l.last', False),
-    ('gemv/sm80_s8_gemv.cu', '            __syncthreads();\n            for_mine', '            for_mine', False),
-    ('gemv/sm80_s8_gemv.cu', 'turn ^= 1;  // the next', '// the next', False),
-    ('gemv/sm80_s8_gemv.cu', 'store_scales(scales, first_scales, rows.first, rows.last);\n    __syncthreads();', 'store_scales(scales, first_scales, rows.first, rows.last);', False),
-    ('gemv/sm80_s8_gemv.cu', '    q = fmaf(fmaf(-q, by.scale, x), by.reciprocal, q);\n    return fmaf(fmaf(-q, by.scale, x), by.reciprocal, q);', '    return q;', False),
-    ('gemv/sm80_s8_gemv.cu', 'most[i] = 0;\n    __syncthreads();', 'most[i] = 0;', False)]
+    ('gemv/sm80_s8_gemv.cu', '        __syncthreads();\n        for_results', '        for_results', False),
+    ('gemv/sm80_s8_gemv.cu', 'made_bytes);\n    __syncthreads();', 'made_bytes);', False),
+    ('gemv/sm80_s8_gemv.cu', 'atomicAdd(to + place + column * pitch + i / 2 * 8, sums.of[n][i / 4][i % 4])', 'to[place + column * pitch + i / 2 * 8] = sums.of[n][i / 4][i % 4]', False),
+    ('gemv/sm80_s8_rows.cu', '    __syncthreads();\n#endif\n#endif', '#endif\n#endif', False),
+    ('gemv/sm80_s8_rows.cu', '    q = fmaf(fmaf(-q, by.scale, x), by.reciprocal, q);\n    return fmaf(fmaf(-q, by.scale, x), by.reciprocal, q);', '    return q;', False)]
 
 
 @pytest.mark.parametrize('file, right, wrong, early', BREAKS, ids=range(len(BREAKS)))
@@ -268,7 +279,7 @@ def test_a_broken_kernel_is_noticed(file, right, wrong, early, monkeypatch):
     assert sources[file].count(right) >= 1
     sources[file] = sources[file].replace(right, wrong)
     monkeypatch.setattr(cuda, 'cuda_sources', lambda: sources)
-    columns = PackedColumns((30, 946))  # a boundary inside of a piece
+    columns = PackedColumns((32, 944))  # a boundary inside of a piece
     weight, scale_w = weights(70, columns)
     x = (torch.arange(976*5).view(5, 976) - 2000)/8*torch.linspace(3, .1, 5)[:, None]
     x[0], x[0, 200] = 0, 127*.3
@@ -282,6 +293,7 @@ def test_a_broken_kernel_is_noticed(file, right, wrong, early, monkeypatch):
 
 
 INSIDE = '''
+from segquant_nb.codes import PackedColumns
 from segquant_nb.formats import pack_int4
 from segquant_nb.small import w8a16_small, w8a8_small, w8a8_small_reference
 for before in (False, True):
@@ -299,12 +311,10 @@ for before in (False, True):
 '''
 
 
-@pytest.mark.parametrize('outside', [False, True])
-def test_nothing_is_touched_outside_of_the_tensors(outside):
-    "Tensors that end at a forbidden page, in a process that would not survive it"
-    script = GUARDED[:GUARDED.index('for before in')].format(tests=str(Path(__file__).parent)) + INSIDE
-    if outside: script += 'w = moved(torch.zeros(4, 64, dtype=torch.int8), False)\nwith emulated_gpu(): cuda = w8a8_small(moved(torch.randn(3, 64), False)[:, :60], w[:, :60], torch.ones(4))\n'
-    script += "print('inside')\n"
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if not outside: assert not done.returncode and 'inside' in done.stdout, done.stderr
-    else: assert done.returncode and done.returncode != -signal.SIGSEGV and 'expected' in done.stderr, done
+def test_nothing_is_touched_outside_of_the_tensors():
+    call = """
+w = moved(torch.zeros(4, 64, dtype=torch.int8), False)
+with emulated_gpu(): w8a8_small(moved(torch.randn(3, 64), False)[:, :60], w[:, :60], torch.ones(4))
+"""
+    done = in_guarded_memory(INSIDE, call)
+    assert done.returncode != -signal.SIGSEGV and 'expected' in done.stderr, done

@@ -4,38 +4,13 @@
 #include "common/memory.cuh"
 #include "common/numbers.cuh"
 
-#define IN_BYTES (INPUT == 2 ? 4 : 2)
-#define WORDS (2 * IN_BYTES)  // of 8 values
-
-struct Words2 { uint32 word[2]; };
+#define IN_BYTES (INPUT == 3 ? 1 : INPUT == 2 ? 4 : 2)
+#define VECTOR (INPUT == 3 ? 16 : 8)          // columns that are handled together: 8 values, or 16 codes
+#define WORDS (VECTOR * IN_BYTES / 4)
 
 struct Raw { uint32 word[WORDS]; };
 
-// The eight values from `from` on, of which the first `count` exist; the others are zero.
-SQ_INLINE Raw load8(const uint8* from, int count) {
-    Raw raw = {};
-#if ALIGNED
-    if (count < 8) return raw;
-#pragma unroll
-    for (int i = 0; i < WORDS / 4; ++i) {
-        const Words4 v = load_constant(from + 16 * i);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) raw.word[4 * i + j] = v.word[j];
-    }
-#else
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (i >= count) continue;
-#if INPUT == 2
-        raw.word[i] = ((const uint32*)from)[i];
-#else
-        raw.word[i / 2] |= (uint32)((const uint16*)from)[i] << (i % 2 * 16);
-#endif
-    }
-#endif
-    return raw;
-}
-
+#if INPUT < 3
 SQ_INLINE float raw_value(const Raw& raw, int i) {
 #if INPUT == 2
     return __uint_as_float(raw.word[i]);
@@ -106,6 +81,8 @@ SQ_INLINE Raw activated(const Raw& raw) {
 #endif
 }
 
+#endif
+
 // Where the columns of x lie: each segment packed to a multiple of 32 columns, the row to one of 64.
 struct Input {
     const uint8* x;          // (M, columns), row_bytes apart
@@ -125,7 +102,9 @@ struct Columns {
 SQ_INLINE Columns columns_at(const Input& in, int place) {
     Columns c = {0, place, 0};
     if (place >= in.width) return c;
-#if SEGMENTED
+#if INPUT == 3  // codes are packed already
+    c.count = in.width - place;
+#elif SEGMENTED
     while (c.segment + 1 < in.segments && place >= in.packed[c.segment + 1]) ++c.segment;
     c.source = in.source[c.segment] + place - in.packed[c.segment];
     c.count = in.source[c.segment + 1] - c.source;
@@ -135,87 +114,29 @@ SQ_INLINE Columns columns_at(const Input& in, int place) {
     return c;
 }
 
-
-// Which warps read which token: all of them the only one, or eight of them each of two, … or one of them each.
-struct Share { int token, tokens_apart, first, step; };  // first vector of a thread, and how far to its next one
-
-template <int warps> SQ_INLINE Share share_tokens(int tokens) {
-    int each = warps, bits = 0;  // warps per token: warps / 2^bits
+// A vector of x; columns that do not exist are zero.
+SQ_INLINE Raw load_vector(const Input& in, int token, int vector) {
+    Raw raw = {};
+    const Columns c = columns_at(in, vector * VECTOR);
+    const uint8* const from = in.x + token * in.row_bytes + (int64)c.source * IN_BYTES;
+#if ALIGNED
+    if (c.count < VECTOR) return raw;
 #pragma unroll
-    for (int apart = 1; apart < warps; apart *= 2)
-        if (apart < tokens) {
-            each /= 2;
-            ++bits;
-        }
-    const int warp = threadIdx.x / 32;
-    Share s;
-    s.tokens_apart = 1 << bits;
-    s.token = warp * s.tokens_apart / warps;
-    s.first = (warp & each - 1) * 32 + (int)threadIdx.x % 32;
-    s.step = each * 32;
-    return s;
-}
-
-// What a thread reads at a time, before it uses any of it: memory is far away.
-#define AHEAD 4
-template <class Vector> struct Batch { Vector of[AHEAD]; };
-
-// From vector v of a token on, `step` vectors apart; SiLU comes later.
-SQ_INLINE Batch<Raw> read_values(const Input& in, int token, int v, int step) {
-    Batch<Raw> batch;
+    for (int i = 0; i < WORDS / 4; ++i) {
+        const Words4 v = load_constant(from + 16 * i);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const Columns c = columns_at(in, (v + i * step) * 8);
-        batch.of[i] = load8(in.x + token * in.row_bytes + (int64)c.source * IN_BYTES, c.count);
+        for (int j = 0; j < 4; ++j) raw.word[4 * i + j] = v.word[j];
     }
-    return batch;
-}
-
-// The same of codes, 16 of them to a vector.
-SQ_INLINE Batch<Words4> read_codes(const Input& in, int token, int v, int step) {
-    Batch<Words4> batch = {};
+#else
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (v + i * step < in.width / 16) batch.of[i] = load_constant(in.x + token * in.row_bytes + (v + i * step) * 16);
-    return batch;
-}
-
-SQ_INLINE Words4 activated(const Words4& codes) { return codes; }
-
-template <class Vector> SQ_INLINE Batch<Vector> activated(const Batch<Vector>& batch) {
-    Batch<Vector> result;
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) result.of[i] = activated(batch.of[i]);
-    return result;
-}
-
-// What a thread will use first.
-template <int warps, class Read> SQ_INLINE auto read_first(const Input& in, int tokens, Read read) {
-    const Share share = share_tokens<warps>(tokens);
-    decltype(read(in, 0, 0, 0)) nothing = {};
-    return share.token < tokens ? read(in, share.token, share.first, share.step) : nothing;
-}
-
-// Calls `use(token, vector, values)` for the vectors of a thread, all lanes of a warp together, some of them perhaps beyond the last vector;
-// then `done(token)`. `first` has been read and activated before; others are read while the ones before them are used.
-template <int warps, class Vector, class Read, class Use, class Done>
-SQ_INLINE void for_vectors(const Input& in, int tokens, int vectors, const Batch<Vector>& first, Read read, Use use, Done done) {
-    const Share share = share_tokens<warps>(tokens);
-    const int lane = threadIdx.x % 32;
-    Batch<Vector> batch = first;
-#pragma unroll 1
-    for (int token = share.token; token < tokens; token += share.tokens_apart) {
-#pragma unroll 1
-        for (int v = share.first; v - lane < vectors; v += AHEAD * share.step) {
-            const bool last = v - lane + AHEAD * share.step >= vectors;
-            const int next_token = last ? token + share.tokens_apart : token, next = last ? share.first : v + AHEAD * share.step;
-            Batch<Vector> coming = {};
-            if (next_token < tokens) coming = read(in, next_token, next, share.step);
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i)
-                if (v - lane + i * share.step < vectors) use(token, v + i * share.step, batch.of[i]);
-            if (next_token < tokens) batch = activated(coming);
-        }
-        done(token);
+    for (int i = 0; i < 8; ++i) {
+        if (i >= c.count) continue;
+#if INPUT == 2
+        raw.word[i] = ((const uint32*)from)[i];
+#else
+        raw.word[i / 2] |= (uint32)((const uint16*)from)[i] << (i % 2 * 16);
+#endif
     }
+#endif
+    return raw;
 }

@@ -8,16 +8,14 @@
 // Where a pair of scales ends, a *span* ends: a piece at a boundary is visited for both, each time without the other's columns.
 #pragma once
 #include "common/memory.cuh"
+#include "common/output.cuh"
+#include "common/overlap.cuh"
+#include "gemv/layout.cuh"
 
-#if W_BITS == 4
-#define LANE_COLUMNS 32
-#else
-#define LANE_COLUMNS 16
-#endif
-#define PIECE_COLUMNS (4 * LANE_COLUMNS)
 #define TILE_ROWS 32
 #define PIECE_BYTES 64  // of a lane
 #define THREADS (32 * WARPS)
+#define AT_ONCE 8
 
 // Columns that share their scales.
 struct Span {
@@ -156,16 +154,34 @@ SQ_INLINE Piece next_piece(Loader& loader, const Weight& w, uint8* ring) {
     return p;
 }
 
-// The scales and the bias of the rows of a block. They lie in shared memory, because every read from far away takes longer
-// than a tile; where all of them are too many, some rows at a time.
+// To shared memory what the kernel before has made of the activations, once that kernel is done.
+SQ_INLINE void fetch_made(uint8* to, const uint8* from, int bytes) {
+    wait_for_kernel_before();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < bytes / 16; i += AT_ONCE * THREADS) {
+        Words4 words[AT_ONCE];  // all of them are on their way before one is waited for
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            if (i + j * THREADS < bytes / 16) words[j] = load_fresh(from + (i + j * THREADS) * 16);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            if (i + j * THREADS < bytes / 16) ((Words4*)to)[i + j * THREADS] = words[j];
+    }
+}
+
+// The scales and the bias of the rows of a block, or of as many of them as there is room for: every read from far away
+// takes longer than a tile.
 struct RowScales {
     float* table;            // (spans or 1, rows), then (rows,) of the bias
-    int rows;                // room
+    int rows;                // room, a multiple of TILE_ROWS
     int tables;              // spans or 1: scales in a row's column
     const float* scale_w;    // (tables, N)
     const float* bias;       // (N,), or null
     int N;
 };
+
+// What a span of a row of W is scaled with, by the row's place in the table.
+SQ_INLINE float scale_of(const RowScales& s, int span, int place) { return s.table[(s.tables > 1 ? span : 0) * s.rows + place]; }
 
 // One row of the table, from a thread on; the last one is the bias.
 SQ_INLINE float fetch_scale(const RowScales& s, int table, int place, int first, int last) {
@@ -181,49 +197,28 @@ SQ_INLINE FirstScales fetch_first(const RowScales& s, int first, int last) {
 }
 
 SQ_INLINE void store_scales(const RowScales& s, const FirstScales& known, int first, int last) {
-#pragma unroll 1
-    for (int table = 0; table <= s.tables; ++table)
-#pragma unroll 1
-        for (int place = threadIdx.x; place < s.rows; place += THREADS) {
-            float value;
-            if (place < THREADS && table == 0) value = known.scale;
-            else if (place < THREADS && table == s.tables) value = known.bias;
-            else value = fetch_scale(s, table, place, first, last);
-            s.table[table * s.rows + place] = value;
-        }
-}
-
-// Where the scales of a tile lie; all threads of a block ask together.
-SQ_INLINE const float* scales_of_tile(const RowScales& s, int first, int row, int last) {
-    const int place = (row - first) % s.rows;
-    if (place == 0 && row > first) {
-        __syncthreads();
-        store_scales(s, fetch_first(s, row, last), row, last);
-        __syncthreads();
+    const int thread = threadIdx.x;
+    if (thread < s.rows) {
+        s.table[thread] = known.scale;
+        s.table[s.tables * s.rows + thread] = known.bias;
     }
-    return s.table + place;
+    if (s.tables == 1 && s.rows <= THREADS) return;
+#pragma unroll 1
+    for (int i = thread; i < (s.tables + 1) * s.rows; i += THREADS) {
+        const int table = i / s.rows, place = i - table * s.rows;
+        if (place >= THREADS || table % s.tables) s.table[i] = fetch_scale(s, table, place, first, last);
+    }
 }
 
-// One value of y.
-SQ_INLINE void store_value(void* y, int64 at, float value) {
-#if OUTPUT == 2
-    ((float*)y)[at] = value;
-#else
-    ((uint16*)y)[at] = (uint16)(OUTPUT == 1 ? floats_to_halfx2(value, 0.f) : floats_to_bfloat16x2(value, 0.f));
-#endif
+// Calls `use(token, row)` for rows `first` … `last` of all tokens, a warp for 32 rows of a token.
+template <class Use> SQ_INLINE void for_results(int tokens, int first, int last, Use use) {
+    const int blocks = (last - first + 31) / 32;
+#pragma unroll 1
+    for (int i = threadIdx.x / 32; i < tokens * blocks; i += WARPS) {
+        const int block = i / tokens, row = first + block * 32 + (int)threadIdx.x % 32;
+        if (row < last) use(i - block * tokens, row);
+    }
 }
-
-SQ_INLINE float load_value(const void* y, int64 at) {
-#if OUTPUT == 2
-    return ((const float*)y)[at];
-#else
-    uint16 bits = ((const uint16*)y)[at];
-    return OUTPUT == 1 ? half_to_float(bits) : bfloat16_to_float(bits);
-#endif
-}
-
-// Values of y of a tile that a thread makes: 32 rows for each token, one thread after the other.
-#define MINE (TILES * 8 * TILE_ROWS / THREADS)
 
 // What comes after the product: bias, and residual + gate · y.
 struct Epilogue {
