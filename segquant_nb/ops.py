@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'linear_op', 'cuda_reason', 'Spec', 'find_spec', 'Tables', 'cuda_tables', 'CudaLinear', 'Ready', 'cuda_sm80',
            'cuda_sm90', 'cuda_16bit', 'cpu_int8', 'emulation', 'Choice', 'choose_kernel', 'Choices', 'use_kernels',
-           'use_emulation', 'QuickNorm', 'use_quick_norms', 'Doctor', 'doctor']
+           'use_emulation', 'use_quick_parts', 'Doctor', 'doctor']
 
 # %% ../nbs/49_ops.ipynb #ad39496d
 import ast
@@ -26,16 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .between import QUICK, is_watched, quick_class, quick_processor
 from .codes import Codes, PackedColumns, quantize_cuda
 from .cpu import cpu_linear, cpu_reason, has_vnni, _input_reason
-from .cuda import (Repeated, cuda_problem, debugging, gpu_arch, gpu_stream,
-                              unpack_int4_cuda, _DEVICE)
+from .cuda import (Repeated, Seen, cuda_problem, debugging, gpu_arch,
+                              gpu_work, is_captured, is_traced, _DEVICE,
+                              _first_line, _kernels)
 from .dualscale import DualScale
 from .formats import DType, Quantizer, pack_int4
-from .gemm import Operands, PortableLinear, granule_columns
+from .gemm import Operands, PortableLinear, decode_cuda, granule_columns
 from .hopper_gemm import HopperLinear
 from .int4 import Int4Linear, pack_w4
-from .producers import NormCodes
+from .producers import ActivationCodes
 from .quartz import Quartz
 from .seglinear import Plan, SegLinear, rotated
 from .small import small_reason, w8a16_small, w8a8_small
@@ -46,7 +48,8 @@ def cuda_reason(
     arch: str = 'sm_90a',  # of the GPU, see `gpu_arch`
 ) -> str:  # why no kernel can run it; empty if one can
     "Is there a GPU kernel for a layer?"
-    qs = layer.plan.quantizers
+    _check_layer(layer)
+    qs, number = layer.plan.quantizers, _number(arch)
     if why := _weight_reason(layer): return why
     if len({_code_format(q) for q in qs}) > 1: return 'segments of different formats'
     name, quartz, _ = _code_format(qs[0])
@@ -56,7 +59,7 @@ def cuda_reason(
     if quartz not in (0, 16, 32): return f'QuaRTZ in groups of {quartz} columns'
     if (name == 'fp8e4m3') != (layer.plan.weight.dtype.value == 'fp8e4m3'):
         return f'{name} inputs and {layer.plan.weight.dtype.value} weights'
-    if name == 'fp8e4m3' and _number(arch) < 89: return f'8-bit floats, and {arch} has none'
+    if name == 'fp8e4m3' and number < 89: return f'8-bit floats, and {arch} has none'
     return ''
 
 
@@ -90,9 +93,21 @@ def _code_format(q) -> tuple[str, int, bool]:
     return ('int8', q.group, q.rounded) if isinstance(q, Quartz) else (q.dtype.value, 0, False)
 
 
-def _number(arch: str) -> int: return int(arch.removeprefix('sm_').rstrip('a'))
+def _number(arch: str) -> int:
+    digits = arch.removeprefix('sm_').rstrip('a') if isinstance(arch, str) else ''
+    if digits.isdecimal(): return int(digits)
+    raise ValueError(f'arch={arch!r}: expected what gpu_arch gives, such as sm_90a.')
+
+
+def _check_layer(layer):
+    if not isinstance(layer, SegLinear):
+        raise TypeError(f'layer is a {type(layer).__name__}: expected a SegLinear, see '
+                        'SegLinear.of.')
 
 # %% ../nbs/49_ops.ipynb #d8357078
+_PRODUCT_NAMES = 'sm80', 'sm90', 'sm90_int4', '16bit'
+
+
 class Spec(NamedTuple):
     "What a kernel has to know of a layer, besides its tensors"
     product: str  # sm80, sm90, sm90_int4 or 16bit
@@ -110,6 +125,7 @@ def find_spec(
     arch: str,  # of the GPU, see `gpu_arch`
 ) -> Spec:
     "Which product a layer takes on a GPU, and what that wants to know"
+    _check_layer(layer), _number(arch)
     plan = layer.plan
     grouped = len(layer.bounds) > len(plan.inputs) + 1
     duals = tuple(isinstance(q, DualScale) for q in plan.quantizers)
@@ -139,11 +155,19 @@ def cuda_tables(
     product: str = 'sm80',  # see `Spec`
 ) -> Tables:
     "Make them"
+    _check_layer(layer)
+    if product not in _PRODUCT_NAMES:
+        raise ValueError(f'product={product!r}: expected {", ".join(_PRODUCT_NAMES)}.')
     columns, smooth = PackedColumns(layer.plan.in_sizes), layer.smooth
     if smooth is not None: smooth = columns.pack((1/smooth)[None])[0]
-    return Tables(*_weights(layer, columns, product), layer.weight_scale.t().contiguous(),
-                  _input_scales(layer), None if layer.bias is None else layer.bias.float(), smooth,
+    return Tables(*_weights(layer, columns, product), _own(layer.weight_scale.t()),
+                  _input_scales(layer), None if layer.bias is None else _own(layer.bias), smooth,
                   *_branch(layer))
+
+
+def _own(t: Tensor) -> Tensor:
+    "A copy, even of what is right as it is: tables may be written to"
+    return torch.clone(t.float(), memory_format=torch.contiguous_format)
 
 
 def _weights(layer: SegLinear, columns: PackedColumns, product: str):
@@ -152,7 +176,8 @@ def _weights(layer: SegLinear, columns: PackedColumns, product: str):
     four = layer.plan.weight.dtype.bits <= 4
     if fits and not (four and product in ('sm90', 'sm90_int4')): return None, None
     codes = layer.weight_codes()
-    packed = columns.pack(codes.view(torch.int8)).view(codes.dtype)
+    kept = codes.dtype if codes.dtype is torch.int8 else torch.uint8  # .half() lets it be
+    packed = columns.pack(codes.view(torch.int8)).view(kept)
     small = pack_int4(packed, False) if four else packed
     few = None if fits or not four else small  # `_tables` knows that they fit
     if product == 'sm90_int4': return pack_w4(packed), few
@@ -192,15 +217,31 @@ class CudaLinear:
     ):
         self.spec, self.dtype, self.device = spec, dtype, tables.scale_w.device
         self.K, self.N = sum(spec.sizes), tables.scale_w.shape[1]
-        if spec.codes == 'fp8e4m3':
-            tables = tables._replace(weight=tables.weight.view(torch.float8_e4m3fn))
-        if tables.up is not None:
-            tables = tables._replace(down=tables.down.to(dtype), up=tables.up.to(dtype))
-        self.tables, columns, dual = tables, _columns(spec.sizes), any(spec.duals)
+        self.tables, self.layer = self._typed(tables), None
+        columns, dual = _columns(spec.sizes), any(spec.duals)
         self.given = dict(columns=columns, dual=dual,
                           duals=spec.duals if dual and not all(spec.duals) else None)
-        self.shares, self.recipe = False, _recipe(self)
+        self.shares, self.recipe, self.behind = False, _recipe(self), {}
         self.many, self.few = _MANY[spec.product](self), _few(self)
+
+    def _typed(self, t: Tables) -> Tables:
+        "As inputs of its type want them"
+        if self.spec.codes == 'fp8e4m3': t = t._replace(weight=t.weight.view(torch.float8_e4m3fn))
+        if self.spec.product == '16bit' and t.smooth is not None:
+            t = t._replace(smooth=_unpacked(t.smooth, _columns(self.spec.sizes)))
+        if t.up is None: return t
+        return t._replace(down=t.down.to(self.dtype), up=t.up.to(self.dtype))
+
+    def rewrite(
+        self,
+        tables: Tables,  # in the same places, with other values
+    ):
+        "Let what was made of the tables follow, where it is"
+        last = _SHARED.last
+        if last is not None and last.recipe is self.recipe: _SHARED.last = None
+        for mine, new in zip(self.tables, self._typed(tables)):
+            if mine is not None and mine.data_ptr() != new.data_ptr(): mine.copy_(new)
+        self.recipe = _recipe(self)
 
     def __call__(
         self,
@@ -216,6 +257,17 @@ class CudaLinear:
         "(M, rank): half of the low-rank branch"
         return F.linear(x.detach().view(-1, self.K), self.tables.down)
 
+    def after(
+        self,
+        activation: str,  # see `ActivationCodes`
+        gated: bool,
+        x: Tensor,  # (…, K), or (…, 2K) if it is gated
+    ) -> Tensor:  # (…, N)
+        "The layer behind an activation, which is made on the way to codes"
+        run = self.behind.get((activation, gated))
+        if run is None: run = self.behind[activation, gated] = _behind(self, activation, gated)
+        return run(x)
+
     def branch(self, x: Tensor) -> Tensor | None:
         "(M, N): all of it, where a product cannot take it along"
         return None if self.tables.down is None else F.linear(self.low(x), self.tables.up)
@@ -230,10 +282,24 @@ def _columns(sizes: tuple[int, ...]) -> PackedColumns: return PackedColumns(size
 
 def _quantized(c: CudaLinear, x: Tensor) -> Codes:
     "Inputs to codes and scales"
+    return quantize_cuda(x, **_rounding(c))
+
+
+def _rounding(c: CudaLinear) -> dict:
+    "How inputs become codes"
     s = c.spec
-    return quantize_cuda(x, **c.given, dtype=s.codes, scale=c.tables.scale_x,
-                         smooth=c.tables.smooth, quartz=s.quartz or None, rounded=s.rounded,
-                         blocks=s.blocks or None)
+    return dict(c.given, dtype=s.codes, scale=c.tables.scale_x, smooth=c.tables.smooth,
+                quartz=s.quartz or None, rounded=s.rounded, blocks=s.blocks or None)
+
+
+def _behind(c: CudaLinear, activation: str, gated: bool) -> Repeated:
+    "An activation, its codes, and their product"
+    codes = ActivationCodes(**_rounding(c), activation=activation, gated=gated, device=c.device)
+
+    def run(x):
+        made = codes(x)
+        return c.product(x.shape, made.codes, made.scale, None, None)
+    return Repeated(run)
 
 
 def _by_codes(c: CudaLinear):
@@ -245,6 +311,8 @@ def _by_codes(c: CudaLinear):
         if low is not None: more['low'] = low
         return multiply(codes, scale, c.dtype, **more).view(*shape[:-1], c.N)
 
+    c.product = product
+
     def both(x, residual, low):
         codes, scale, _ = _quantized(c, x)
         return _Both(codes, scale, product(x.shape, codes, scale, residual, low))
@@ -253,15 +321,18 @@ def _by_codes(c: CudaLinear):
 
     def run(x, residual, low):
         last = _SHARED.find(c, x)
+        alone = residual is None and low is None and not x.data_ptr() % 16
         if last is not None and (kept := last.made) is not None:
             second = seconds.get(x.shape)
             if second is None:
                 if len(seconds) >= 256: seconds.clear()
                 second = seconds[x.shape] = Repeated(functools.partial(product, x.shape))
             return second.at((), (*kept, residual, low))
-        if last is None or not c.shares: return whole(x, residual, low)
-        made = keeping(x, residual, low)
-        last.made = made.codes, made.scale
+        if last is None or not c.shares:  # type and device are those of the layer
+            return whole.at(x.shape, (x, None, None)) if alone else whole(x, residual, low)
+        given = x, residual, low
+        made = keeping.at(x.shape, given) if alone else keeping(*given)
+        last.keep(x, made.codes, made.scale)
         return made.y
 
     def many(x):
@@ -278,12 +349,17 @@ class _Both(NamedTuple):
     y: Tensor
 
 
-class _Last:
+class _Last(Seen):
     "An input, how it is read, and its codes, if others read them"
-    def __init__(self, x: Tensor, forget, version: int, stream: int, owner: CudaLinear):
-        self.of, self.version, self.stream = weakref.ref(x, forget), version, stream
-        self.address, self.shape = x.data_ptr(), x.shape  # `x.data = …` changes no version
-        self.owner, self.readers, self.made = owner, [owner], None
+    __slots__ = 'recipe', 'readers', 'made'
+
+    def __init__(self, x: Tensor, work: int | tuple, reader: CudaLinear):
+        super().__init__(x, work)  # layers, too, may go while they are remembered
+        self.recipe, self.readers, self.made = reader.recipe, [weakref.ref(reader)], None
+
+    def keep(self, x: Tensor, codes: Tensor, scale: Tensor):
+        "For as long as the input is there"
+        self.of, self.made = weakref.ref(x, _SHARED.forget), (codes, scale)
 
 
 class _Shared(threading.local):
@@ -292,15 +368,15 @@ class _Shared(threading.local):
 
     def find(self, c: CudaLinear, x: Tensor) -> _Last | None:
         "What is known of an input; None: nothing may be kept"
-        if c.recipe is None or x.is_inference() or _capturing(c.device): return None
-        last, version, stream = self.last, x._version, gpu_stream(c.device)
-        if (last is None or last.of() is not x or last.owner.recipe is not c.recipe
-                or last.version != version or last.stream != stream or c in last.readers
-                or last.address != x.data_ptr() or last.shape != x.shape):
-            self.last = last = _Last(x, self.forget, version, stream, c)
+        if c.recipe is None or x.is_inference(): return None
+        last, work = self.last, gpu_work(c.device)
+        if (last is None or not last.still(x, work) or last.recipe is not c.recipe
+                or weakref.ref(c) in last.readers):
+            self.last = last = _Last(x, work, c)
         else:
-            last.readers.append(c)
-            last.owner.shares = True  # from the next time on its codes are kept
+            last.readers.append(weakref.ref(c))
+            first = last.readers[0]()
+            if first is not None: first.shares = True  # from the next time on its codes are kept
         return last
 
     def forget(self, of):
@@ -311,14 +387,9 @@ class _Shared(threading.local):
 _SHARED = _Shared()
 
 
-def _capturing(device: torch.device) -> bool:
-    "What a CUDA graph records must not depend on what was there before"
-    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-
-
 def _recipe(c: CudaLinear) -> tuple | None:
     "How inputs are read; None: it cannot be known"
-    if _capturing(c.device): return None  # no number can be looked at
+    if is_captured(c.device): return None  # no number can be looked at
     values = [None if t is None else hashlib.sha256(t.cpu().numpy().tobytes()).digest()
               for t in (c.tables.scale_x, c.tables.smooth)]
     recipe = c.spec._replace(product='', group=0), c.dtype, *values
@@ -357,7 +428,9 @@ def _few(c: CudaLinear):
     "For a few rows; None: the same as for many"
     s, t = c.spec, c.tables
     sixteen = s.product == '16bit'
-    if s.codes == 'fp8e4m3' or small_reason(1, c.given['columns'].width, sixteen): return None
+    spans = len(granule_columns(c.given['columns'], s.group or None)[1])
+    if s.codes == 'fp8e4m3' or small_reason(1, c.given['columns'].width, sixteen, spans,
+                                            c.given['dual'], gpu_arch(c.device)): return None
     given = dict(weight=t.weight if t.few is None else t.few, scale_w=t.scale_w, bias=t.bias,
                  group=s.group or None, dtype=c.dtype)
     seen = _seen(c) if sixteen else None
@@ -378,8 +451,7 @@ def _few(c: CudaLinear):
 def _seen(c: CudaLinear):
     "Inputs in the 16 bits that the layer asks for, smoothed"
     dtype, t = DType(c.spec.codes).storage, c.tables
-    smooth = None if t.smooth is None else _unpacked(t.smooth, c.given['columns'])
-    return lambda x: (x.detach() if smooth is None else x.detach()*smooth).to(dtype)
+    return lambda x: (x.detach() if t.smooth is None else x.detach()*t.smooth).to(dtype)
 
 
 def _unpacked(t: Tensor, columns: PackedColumns) -> Tensor:
@@ -389,19 +461,18 @@ def _unpacked(t: Tensor, columns: PackedColumns) -> Tensor:
 
 def _16bit(c: CudaLinear):
     "The weight in 16 bits, anew in each call, and PyTorch's product"
-    t, columns, seen, dtype = c.tables, c.given['columns'], _seen(c), DType(c.spec.codes).storage
-    finer, owners = granule_columns(columns, c.spec.group or None)
-    scales = t.scale_w.t()
+    t, columns, seen = c.tables, c.given['columns'], _seen(c)
+    given = columns, DType(c.spec.codes).storage
+    decoded = Repeated(lambda: decode_cuda(t.weight, t.scale_w, *given, group=c.spec.group or None))
 
     def many(x):
-        codes = unpack_int4_cuda(t.weight) if t.weight.dtype is torch.uint8 else t.weight
-        weight = torch.empty(c.N, columns.width, dtype=dtype, device=c.device)
-        for i, (a, b) in enumerate(zip(finer.starts, finer.ends)):
-            torch.mul(codes[:, a:b], scales[:, i:i + 1], out=weight[:, a:b])
-        if columns.width > c.K: weight = _unpacked(weight, columns)
-        y = F.linear(seen(x).view(-1, c.K), weight).to(c.dtype)
-        if t.bias is not None: y += t.bias
-        if t.down is not None: y += c.branch(x)
+        weight = decoded()
+        if columns.sources != columns.starts: weight = _unpacked(weight, columns)
+        inside = t.bias is not None and c.dtype is given[1]  # where PyTorch's product adds it
+        y = F.linear(seen(x).view(-1, c.K), weight[:, :c.K], t.bias.to(c.dtype) if inside else None)
+        y = y.to(c.dtype)
+        if t.bias is not None and not inside: y += t.bias
+        if t.down is not None: y.addmm_(c.low(x), t.up.t())
         return y.view(*x.shape[:-1], c.N)
     return many
 
@@ -424,6 +495,9 @@ def _linear(x: Tensor, weight: Tensor, few: Tensor | None, scale_w: Tensor,
     "What a compiled model calls: finds the layer that was made ready, or makes one"
     key = _key(x.dtype, spec, scale_w, weight, up)
     ready = _READY.get(key)
+    if ready is not None and ready.layer is not None and (layer := ready.layer()) is not None:
+        _follow(layer)
+        if ready.many is None: ready = _made_ready(layer, x.dtype)  # it has other tables now
     if ready is None:
         for layer in list(_LAYERS):
             here = getattr(layer, 'cuda_scale_w', x).data_ptr() == scale_w.data_ptr()
@@ -458,43 +532,75 @@ linear_op = getattr(torch.ops, _NAMESPACE).linear.default
 # %% ../nbs/49_ops.ipynb #b707a1b2
 class Ready(dict):
     "Type of the inputs → `CudaLinear`, for the tensors that a layer has now; a copy has its own"
-    codes: Tensor | None = None
-    up: Tensor | None = None
+    def __init__(
+        self,
+        edited: bool = False,  # were tensors of the layer changed, and the tables not?
+    ):
+        self.edited, self.held, self.seen = edited, {}, None
 
-    def __reduce__(self): return Ready, ()
+    def see(
+        self,
+        layer: SegLinear,  # whose tables are right
+    ):
+        "Remember what they are made of, and which version of it, where PyTorch counts them"
+        self.edited, self.held = False, layer._buffers
+        self.seen = [(name, t, None if t.is_inference() else t._version)
+                     for name, t in self.held.items() if not name.startswith('cuda_')]
 
-    def __del__(self):
-        for made in self.values(): made.many = made.few = None  # they and it hold each other
+    def current(
+        self,
+        held: dict[str, Tensor],  # buffers of the layer
+    ) -> bool:
+        "Are they the tensors that it has seen, with the values that they had?"
+        if self.seen is None: return False
+        for name, t, version in self.seen:
+            if held.get(name) is not t or version is not None and t._version != version:
+                return False
+        return True
+
+    def __reduce__(self):
+        return Ready, (self.edited or self.seen is not None and not self.current(self.held),)
+
+    def __del__(self):  # they and it hold each other
+        for made in self.values(): made.many = made.few = made.product = made.behind = None
 
 
 def _on_cuda(layer: SegLinear, x: Tensor) -> Tensor:
-    if _tracing(): return _traced(layer, x)
-    ready, held = layer.ready, layer._buffers
-    if ready.codes is held['codes'] and ready.up is held.get('cuda_up') and x.dtype in ready:
-        made = ready[x.dtype]
-    else: made = _made_ready(layer, x.dtype)
+    if is_traced(): return _traced(layer, x)
+    made = _ready(layer, x.dtype)
     if made is None or x.device != made.device or x.shape[-1:] != (made.K,):
         return _moved(layer, x)
     return made(x) if not debugging() else _told(layer, x, lambda _, x: made(x))
 
 
-def _tracing() -> bool:
-    "Is what happens written down, by a compiler or by another tracer, instead of done?"
-    return (torch.compiler.is_compiling() or torch._C._is_tracing()
-            or torch._C._len_torch_dispatch_stack() > 0)
+def _ready(layer: SegLinear, dtype: torch.dtype) -> CudaLinear | None:
+    "What was made ready for the tensors that a layer has now"
+    ready = layer.ready
+    made = ready.get(dtype) if ready.current(layer._buffers) else None
+    return _made_ready(layer, dtype) if made is None else made
 
 
 def _made_ready(layer: SegLinear, dtype: torch.dtype) -> CudaLinear | None:
-    "Once for each type of inputs, and again when tensors of the layer are others"
-    codes, up = layer.codes, getattr(layer, 'cuda_up', None)
-    if codes.device.type != _DEVICE or dtype not in _FLOATS: return None
-    if layer.ready.codes is not codes or layer.ready.up is not up:
-        layer.ready = Ready()
-        layer.ready.codes, layer.ready.up = codes, up
+    "Once for each type of inputs"
+    if layer.codes.device.type != _DEVICE or dtype not in _FLOATS: return None
+    _follow(layer)
+    if dtype in layer.ready: return layer.ready[dtype]
     t = _tables(layer)
     made = layer.ready[dtype] = CudaLinear(_parsed(layer.spec), dtype, t)
+    made.layer = weakref.ref(layer)
     _READY[_key(dtype, layer.spec, t.scale_w, t.weight, t.up)] = made
     return made
+
+
+def _follow(layer: SegLinear):
+    "Other tables, if tensors of the layer are others than they were, or have other values"
+    if layer.ready.current(layer._buffers): return
+    if not layer.ready.edited and layer.ready.seen is None:  # a copy, or a layer that has moved
+        return layer.ready.see(layer)
+    if is_captured(layer.codes.device):
+        raise RuntimeError('Tensors of a layer were changed since its last call: call it once '
+                           'before a CUDA graph of it is captured, to make its tables again.')
+    _prepare(layer, layer.kernel.__name__)
 
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -504,9 +610,8 @@ def _tables(layer: SegLinear) -> Tables:
     "What is no buffer of its own is the codes of the layer"
     found = Tables(*(getattr(layer, f'cuda_{name}', None) for name in Tables._fields))
     if found.weight is None: return found._replace(weight=layer.codes)
-    four = layer.plan.weight.dtype.bits <= 4
-    own = four and found.few is None and layer.kernel is cuda_sm90
-    return found._replace(few=layer.codes) if own else found
+    repacked = layer.plan.weight.dtype.bits <= 4 and layer.spec.startswith("('sm90")
+    return found._replace(few=layer.codes) if repacked and found.few is None else found
 
 
 def _traced(layer: SegLinear, x: Tensor) -> Tensor:
@@ -559,15 +664,25 @@ def emulation(layer: SegLinear, x: Tensor) -> Tensor:
 
 
 def _told(layer: SegLinear, x: Tensor, linear) -> Tensor:
-    "Run, and say where and how long"
+    "Run, and say which layer, where and how long, and what its kernels say"
     waits = x.is_cuda and not torch.cuda.is_current_stream_capturing()
+    outer, _kernels.told = _kernels.told, []
     if waits: torch.cuda.synchronize(x.device)
     start = time.perf_counter()
-    y = linear(layer, x)
-    if waits: torch.cuda.synchronize(x.device)
-    name = 'emulation' if linear is SegLinear.emulate else layer.kernel.__name__
-    print(f'segquant: {name}: {tuple(x.shape)} → {layer.out_features} {str(x.dtype)[6:]}, '
-          f'{1000*(time.perf_counter() - start):.3f} ms', file=sys.stderr)
+    try:
+        y = linear(layer, x)
+        if waits: torch.cuda.synchronize(x.device)
+    finally: kernels, _kernels.told = _kernels.told, outer
+    took = f'{1000*(time.perf_counter() - start):.3f} ms'
+    if kernels:  # what surrounds them takes long only because it tells
+        times = [t for _, t in kernels if t is not None]
+        took = f'{sum(times):.1f} µs in '*bool(times) + f'{len(kernels)} kernel'
+        took += 's'*(len(kernels) > 1)
+    path = 'emulation' if linear is SegLinear.emulate else layer.kernel.__name__
+    name = getattr(layer, 'called', '')
+    print(f'segquant: {path}: {name}{": "*bool(name)}{tuple(x.shape)} → {layer.out_features} '
+          f'{str(x.dtype)[6:]}, {took}', *(f'segquant:   {text}' for text, _ in kernels), sep='\n',
+          file=sys.stderr)
     return y
 
 # %% ../nbs/49_ops.ipynb #1893832d
@@ -588,11 +703,19 @@ def choose_kernel(
     name: str = '',  # of the layer
 ) -> Choice:
     "The fastest path that computes what the layer means"
-    device = torch.device(device)
+    _check_layer(layer)
+    device = _checked_device(device)
     if device.type == 'cuda': return _choose_cuda(layer, device, name)
     why = f'no kernels for {device.type}' if device.type != 'cpu' else cpu_reason(layer)
     if why: return Choice(name, 'emulation', why)
     return Choice(name, 'cpu_int8', '; '.join(_cpu_remarks(layer)))
+
+
+def _checked_device(device) -> torch.device:
+    try: return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device={device!r:.60}: expected cpu, cuda, cuda:1, … or a '
+                         'torch.device.') from None
 
 
 def _cpu_remarks(layer: SegLinear) -> list[str]:
@@ -631,15 +754,18 @@ def _cuda_remarks(layer: SegLinear, spec: Spec, arch: str) -> list[str]:
     if spec.product == 'sm80' and on_hopper:
         why = grouped if spec.group else f'{layer.out_features} outputs, no multiple of 8'
         said = [f'{why}: the portable kernel, slower than bfloat16 on Hopper']
-    if few := _few_remark(spec): said.append(few)
+    if spec.group and spec.group < 128 and spec.product == 'sm90_int4':
+        said.append(f'{grouped}: slower than bfloat16')
+    if few := _few_remark(spec, arch): said.append(few)
     if any(spec.duals): said.append('two products for dual scales, no faster than bfloat16')
     return said
 
 
-def _few_remark(spec: Spec) -> str:
-    sixteen = spec.product == '16bit'
-    fits = not small_reason(1, PackedColumns(spec.sizes).width, sixteen)
-    return f'up to {FEW} rows in one launch' if fits and spec.codes != 'fp8e4m3' else ''
+def _few_remark(spec: Spec, arch: str) -> str:
+    columns, sixteen = PackedColumns(spec.sizes), spec.product == '16bit'
+    spans = len(granule_columns(columns, spec.group or None)[1])
+    fits = not small_reason(1, columns.width, sixteen, spans, any(spec.duals), arch)
+    return f'up to {FEW} rows as a stream of the weight' if fits and spec.codes != 'fp8e4m3' else ''
 
 # %% ../nbs/49_ops.ipynb #dbd425df
 @dataclass(frozen=True)
@@ -659,14 +785,18 @@ class Choices:
 
 
 def use_kernels(
-    model: nn.Module,  # its SegLinear layers are changed; call again after changing their tensors
+    model: nn.Module,  # its SegLinear layers are changed
     device: torch.device | str | None = None,  # where it will run; None: where each layer is
 ) -> Choices:  # a table
     "Let every SegLinear of a model take its fastest path; one warning names what stays emulated"
+    _check_model(model)
+    if device is not None: device = _checked_device(device)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SegLinear)}
     choices = Choices(tuple(choose_kernel(m, device or m.codes.device, n)
                             for n, m in layers.items()))
-    for layer, choice in zip(layers.values(), choices.of): _prepare(layer, choice.path)
+    for (name, layer), choice in zip(layers.items(), choices.of):
+        layer.called = name  # with SEGQUANT_DEBUG=1
+        _prepare(layer, choice.path)
     if emulated := [c for c in choices.of if c.path == 'emulation']:
         reasons = '; '.join(dict.fromkeys(c.why for c in emulated))
         warnings.warn(f'{len(emulated)} of {len(layers)} layers stay emulated, which is slower '
@@ -675,26 +805,54 @@ def use_kernels(
     return choices
 
 
+def _check_model(model):
+    if not isinstance(model, nn.Module):
+        hint = ', such as pipe.transformer or pipe.unet' if hasattr(model, 'components') else ''
+        raise TypeError(f'model is a {type(model).__name__}: expected a torch.nn.Module{hint}.')
+
+
 def use_emulation(
     model: nn.Module,  # its SegLinear layers are changed
 ):
     "Take the kernels away again"
+    _check_model(model)
     for m in model.modules():
         if isinstance(m, SegLinear): _prepare(m, None)
 
 
 def _prepare(layer: SegLinear, path: str | None):
     "Set the kernel of a layer, and make the tables that it needs"
-    for name in Tables._fields: layer._buffers.pop(f'cuda_{name}', None)
-    layer.kernel, layer.spec, layer.ready = _PATHS.get(path), None, Ready()
-    if not (path or '').startswith('cuda_'): return
-    spec = find_spec(layer, 'sm_90a' if path == 'cuda_sm90' else 'sm_80')
-    layer.spec = repr(tuple(spec))
-    for name, t in cuda_tables(layer, spec.product)._asdict().items():
+    kernel, spec, tables = _PATHS.get(path), None, Tables(*[None]*len(Tables._fields))
+    if (path or '').startswith('cuda_'):
+        found = find_spec(layer, 'sm_90a' if path == 'cuda_sm90' else 'sm_80')
+        spec, tables = repr(tuple(found)), cuda_tables(layer, found.product)
+    if spec and (layer.kernel, getattr(layer, 'spec', None)) == (kernel, spec):
+        if _rewritten(layer, tables): return
+    layer.kernel, layer.spec, layer.ready = kernel, spec, Ready()
+    for name, t in tables._asdict().items():
+        layer._buffers.pop(f'cuda_{name}', None)
         if t is not None: layer.register_buffer(f'cuda_{name}', t, False)
+    if spec is None: return
+    layer.ready.see(layer)
     _LAYERS.add(layer)
     if _again not in layer._load_state_dict_post_hooks.values():
         layer.register_load_state_dict_post_hook(_again)
+
+
+def _rewritten(layer: SegLinear, tables: Tables) -> bool:
+    "Write the tables where the old ones are, where a captured CUDA graph reads them, if they fit"
+    def kind(t): return t if t is None else (t.shape, t.dtype, t.device)
+    old = Tables(*(layer._buffers.get(f'cuda_{name}') for name in Tables._fields))
+    if [*map(kind, old)] != [*map(kind, tables)]: return False
+    seen, codes = {name: t for name, t, _ in layer.ready.seen or ()}, layer.codes
+    if seen.get('codes', codes) is not codes and any(t is codes for t in _tables(layer)):
+        return False  # which kernels read as they are, and not where they were
+    with torch.inference_mode():  # or what was made in that mode could not be written to
+        for there, new in zip(old, tables):
+            if there is not None: there.copy_(new)
+        for made in layer.ready.values(): made.rewrite(_tables(layer))
+    layer.ready.see(layer)
+    return True
 
 
 def _again(layer: SegLinear, keys):
@@ -702,58 +860,63 @@ def _again(layer: SegLinear, keys):
     if layer.kernel is not None: _prepare(layer, layer.kernel.__name__)
 
 # %% ../nbs/49_ops.ipynb #2476ba19
-class _Norm(NormCodes):
-    "The norm alone"
-    more = NormCodes.more + ' P'
+def _feed_forward(ff: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor | None:
+    "An activation, and the quantized layer that reads it"
+    x, parts = hidden_states, [*ff.net._modules.values()]
+    act, drop, out, *rest = parts if len(parts) > 2 else (None,)*3
+    found = _ACTIVATIONS.get(_full_name(type(act)))
+    if (args or kwargs or found is None or type(drop) is not nn.Dropout
+            or not isinstance(out, SegLinear)
+            or any(map(is_watched, parts)) or _is_other(getattr(act, 'activation', None))
+            or drop.training and drop.p or debugging()
+            or x.numel() <= FEW*x.shape[-1] or torch.is_autocast_enabled(x.device.type)):
+        return None
+    made = _ready(out, x.dtype) if out.kernel in (cuda_sm80, cuda_sm90) else None
+    if made is None or made.tables.down is not None or made.device != x.device: return None
+    activation, gated = found
+    if getattr(act, 'approximate', None) == 'tanh': activation = 'gelu-tanh'
+    y = made.after(activation, gated, act.proj(x))
+    for m in rest: y = m(y)
+    return y
 
-    def __call__(self, x: Tensor) -> Tensor:
-        "As many rows and columns"
-        made, one = torch.empty(x.shape, dtype=x.dtype, device=x.device), (0, 0, 0, 0, 1)
-        extra = (*(0 if t is None else t.data_ptr() for t in (self.weight, self.bias)), *one,
-                 self.eps, made.data_ptr())
-        self._run(x, *self._rows(x, self.columns.columns), extra, PRODUCER=1,
-                  WEIGHT=self.weight is not None, BIAS=self.bias is not None, SCALED=0, SHIFTED=0,
-                  KEEP=2)
-        return made
+
+def _is_other(inner: nn.Module | None) -> bool:
+    "Is the activation inside of a SwiGLU another one, or watched?"
+    return inner is not None and (type(inner) is not nn.SiLU or is_watched(inner))
 
 
 @functools.lru_cache(maxsize=None)
-def _norm(columns: int, eps: float, device: torch.device) -> Repeated:
-    "For rows of so many columns"
-    step = torch.ones(1, 1, device=device)  # no codes are made of it
-
-    def norm(x, weight, bias):
-        return _Norm(_columns((columns,)), scale=step, eps=eps, weight=weight, bias=bias)(x)
-    return Repeated(norm)
+def _full_name(kind: type) -> str: return f'{kind.__module__}.{kind.__qualname__}'
 
 
-class QuickNorm(nn.LayerNorm):
-    "A LayerNorm that reads its input once, where it can"
-    def forward(self, x: Tensor) -> Tensor:
-        "As `nn.LayerNorm`; the sums are in another order"
-        if _tracing() or not self._quick(x): return super().forward(x)
-        return _norm(x.shape[-1], self.eps, x.device)(x, self.weight, self.bias)
-
-    def _quick(self, x: Tensor) -> bool:
-        given = [t for t in (self.weight, self.bias) if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given))
-        return (x.device.type == _DEVICE and x.dtype in (torch.bfloat16, torch.float16)
-                and self.normalized_shape == x.shape[-1:] and x.shape[-1] % 8 == 0
-                and x.shape[-1] <= 16384 and x.is_contiguous() and not learns
-                and all(t.dtype is x.dtype and t.is_contiguous() and not t.data_ptr() % 16
-                        for t in given)
-                and not torch.is_autocast_enabled(x.device.type))
+_ACTIVATIONS = {'diffusers.models.activations.GELU': ('gelu', False),
+                'diffusers.models.activations.GEGLU': ('gelu', True),
+                'diffusers.models.activations.SwiGLU': ('silu', True)}
+_QUICK = QUICK | {'diffusers.models.attention.FeedForward': _feed_forward}
 
 
-def use_quick_norms(
-    model: nn.Module,  # its LayerNorms are changed
+def use_quick_parts(
+    model: nn.Module,  # the classes of its modules are changed; quantize it before
     use: bool = True,  # False: back again
-) -> int:  # how many
-    "Let every LayerNorm of a model read its input once; PyTorch's reads it twice, and slowly"
-    kind, other = (nn.LayerNorm, QuickNorm) if use else (QuickNorm, nn.LayerNorm)
-    found = [m for m in model.modules() if type(m) is kind]
-    for m in found: m.__class__ = other
-    return len(found)
+) -> dict[str, int]:  # how many of each class are
+    "Let what lies between linear layers read its input once, and feed-forward networks make codes"
+    _check_model(model)
+    found = {}
+    for m in model.modules():
+        for part, quick in ((m, _quick_module), (getattr(m, 'processor', None), quick_processor)):
+            kind = type(part)
+            usual = kind.__dict__.get('usual')
+            other = usual if not use else quick(kind) if usual is None else kind
+            if other is None: continue
+            part.__class__ = other
+            name = (kind if use else other).__name__.removeprefix('Quick')
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _quick_module(kind: type) -> type | None:
+    quick = _QUICK.get(_full_name(kind))
+    return quick and quick_class(kind, quick)
 
 # %% ../nbs/49_ops.ipynb #eb82e54e
 @dataclass(frozen=True)
@@ -789,16 +952,16 @@ def _checkup(path) -> str:
     on_gpu = path.__name__.startswith('cuda_')
     if on_gpu and cuda_problem(): return 'not here: see GPU'
     if path is cuda_sm90 and gpu_arch() != 'sm_90a': return f'not here: {gpu_arch()} is no Hopper'
-    place, worst, wrong = _DEVICE if on_gpu else 'cpu', 0., []
+    place, wrong = _DEVICE if on_gpu else 'cpu', []
     for name, layer, x in _patients(path):
-        layer, x = layer.to(place), x.to(place)
-        _prepare(layer, path.__name__)
         try:
+            layer, x = layer.to(place), x.to(place)
+            _prepare(layer, path.__name__)
             for rows in (x, x[:5]):
                 y, right = layer(rows), layer.integer(rows)
                 off = ((y - right).abs().max()/right.abs().max()).item()
                 if not off < _CLOSE.get(name, 1e-5): wrong.append(f'{name} by {off:.0e}')
-        except Exception as e: return f'FAILS for {name}: {str(e).splitlines()[0]}'
+        except Exception as e: return f'FAILS for {name}: {_first_line(e)}'
     slow = path is cpu_int8 and not has_vnni()
     return f'WRONG: {", ".join(wrong)}' if wrong else f'right{", but slow" if slow else ""}'
 

@@ -104,7 +104,7 @@ def test_every_format_with_many_rows_and_few(gpu, kind):
         short = q(x.half().view(2, 10, 96)).flatten(0, 1)
         assert short.dtype == torch.float16 and (short.float() - q.integer(x.half()).float()).abs().max() < 2**-6*right.abs().max()
     functions = {launch.function for launch in gpu.launches}
-    assert functions == ({'f16_gemv', *['unpack_int4']*('4' in kind)} if alone else {'codes', 's8_gemm', *['s8_gemv']*('E4M3' not in kind)})
+    assert functions == ({'rows_codes', 'f16_gemv', 'decode'} if alone else {'codes', 's8_gemm', *['s8_gemv', 'rows_codes']*('E4M3' not in kind)})
 
 
 @needs_compiler
@@ -116,7 +116,7 @@ def test_few_rows_take_one_launch(gpu):
             q(x[:n])
             del gpu.launches[:]
             q(x[:n])
-            assert [launch.function for launch in gpu.launches] == (['codes', 's8_gemm'] if n == 17 else ['s8_gemv'])
+            assert [launch.function for launch in gpu.launches] == (['codes', 's8_gemm'] if n == 17 else ['rows_codes', 's8_gemv'])
     assert q(x[:0]).shape == (0, 40) and q(x[:0].view(0, 1, 96)).shape == (0, 1, 40) and q(x[0]).shape == (40,)
     assert torch.equal(q(x.t().contiguous().t()), q(x))  # whatever the strides
 
@@ -137,26 +137,6 @@ def test_a_compiled_layer_finds_what_was_made_ready(gpu):
 
 
 CudaLinear = ops.CudaLinear
-
-
-@needs_compiler
-def test_quick_norms(gpu):
-    from torch import nn
-    norms = nn.Sequential(nn.LayerNorm(48), nn.LayerNorm(48, elementwise_affine=False), nn.LayerNorm(48, bias=False)).bfloat16().requires_grad_(False)
-    norms[0].weight.uniform_(), norms[2].weight.uniform_()
-    x, plain = (torch.randn(5, 4, 48)*3 + 1).bfloat16(), copy.deepcopy(norms)
-    assert ops.use_quick_norms(norms) == 3
-    for i in range(4): assert (norms(x.roll(i, 0)).float() - plain(x.roll(i, 0)).float()).abs().max() < .04
-    assert len(gpu.launches) == 12 and norms.state_dict().keys() == plain.state_dict().keys()
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(norms)))
-    assert torch.equal(twin(x), norms(x))
-    launched = len(gpu.launches)
-    for odd in (x.float(), x.transpose(0, 1)[..., :48].transpose(0, 1)[::2, ::2], x.clone().requires_grad_()):  # as before
-        for quick, usual in zip(norms.to(odd.dtype), plain.to(odd.dtype)): assert torch.equal(quick(odd), usual(odd))
-    torch._dynamo.reset()
-    torch.compile(norms.bfloat16(), fullgraph=True, backend='aot_eager')(x)
-    assert len(gpu.launches) == launched and ops.use_quick_norms(norms, False) == 3 and not ops.use_quick_norms(norms, False)
-    assert all(type(m) is nn.LayerNorm for m in norms)
 
 
 @needs_compiler
@@ -336,6 +316,26 @@ def test_debug_names_the_path(monkeypatch, capsys):
     assert first.startswith('segquant: cpu_int8: (20, 96) → 40 float32, ') and first.endswith(' ms') and 'emulation' in second
 
 
+@needs_compiler
+def test_debug_names_the_layer_and_its_kernels(gpu, monkeypatch, capsys):
+    model = nn.ModuleDict(dict(first=layer_of(KINDS['static'])[0], second=layer_of(KINDS['static'])[0]))
+    use_kernels(model, 'cuda')
+    x = torch.randn(20, 96)
+    y = [model[name](x.clone()) for name in model]
+    assert not capsys.readouterr().err
+    monkeypatch.setenv('SEGQUANT_DEBUG', '1')
+    for name in model: assert torch.equal(model[name](x.clone()), y[0])
+    model.second(x[:2])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:20] for line in lines] == ['segquant: cuda_sm80:', 'segquant:   quantize', 'segquant:   mma/sm80']*2 + ['segquant: cuda_sm80:', 'segquant:   gemv/sm8', 'segquant:   gemv/sm8']
+    assert lines[0].endswith(': first: (20, 96) → 40 float32, 2 kernels') and ': second: ' in lines[3] and lines[6].endswith('(2, 96) → 40 float32, 2 kernels')
+
+
+def test_the_doctor_survives_what_it_finds():
+    for error, said in ((RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\nMore'), 'FAILS for segments, dual, low rank: CUDA out of memory'), (KeyError(), 'FAILS for segments, dual, low rank: KeyError')):
+        with mock.patch.object(ops, '_prepare', side_effect=error): assert dict(doctor().rows)['cpu_int8'] == said
+
+
 def test_a_wrong_kernel_is_found():
     with mock.patch.object(ops, 'cpu_linear', lambda layer, x: layer.integer(x)*1.001): assert dict(doctor().rows)['cpu_int8'].startswith('WRONG')
 
@@ -400,16 +400,113 @@ def test_a_compiled_layer_sees_other_codes_and_a_moved_one_lets_go(gpu):
     finally: gc.enable()
 
 
+def edits(q):
+    "Each changes what the layer means, in place"
+    for name in ('bias', 'weight_scale', 'smooth', 'down', 'up', 'input0_scale', 'input1_positive'):
+        if (t := getattr(q, name, None)) is not None: yield name, lambda t=t: t.mul_(2)
+    yield 'codes', lambda: q.codes.copy_(q.codes.flip(0))
+    yield 'another bias', lambda: setattr(q, 'bias', -q.bias)
+    yield 'another scale', lambda: setattr(q, 'weight_scale', q.weight_scale*3)
+    yield 'other codes', lambda: setattr(q, 'codes', q.codes.flip(1).contiguous())
+
+
+IN_PLACE = {'dual': (KINDS['mixed static'], W8, 'both'), 'per token': (KINDS['per token'], W8, 'smooth'), '4 bits': (KINDS['int4'], W4, 'rank'), 'fits': ([(128, Quantizer())], W8, ''),
+            'groups': (KINDS['per token'], Quantizer('int4', axis=1, group=32), ''), 'weight only': (FORMATS['weight only'][0], W8, 'both'), 'E4M3': FORMATS['E4M3'] + ('',)}
+
+
 @needs_compiler
-def test_norms_repeat_and_refuse_images_that_do_not_match(gpu):
-    from segquant_nb.codes import PackedColumns
-    from segquant_nb.producers import NormCodes
-    norm, x = nn.LayerNorm(64).bfloat16().requires_grad_(False), torch.randn(8, 64).bfloat16()
-    ops.use_quick_norms(norm)
-    ops._norm.cache_clear()
-    for _ in range(3): norm(x)
-    assert all(ops._norm(64, norm.eps, x.device).known.values())
-    norm.bias.requires_grad_()
-    assert norm(x).requires_grad
-    codes = NormCodes(PackedColumns((64,)), scale=torch.ones(1, 1), device=x.device)
-    with pytest.raises(ValueError, match='scale is for 4 images, shift for 2'): codes(x, torch.zeros(2, 64).bfloat16(), torch.zeros(4, 64).bfloat16())
+@pytest.mark.parametrize('gpu', [(8, 9)], indirect=True)
+@pytest.mark.parametrize('kind', IN_PLACE)
+def test_tables_follow_the_tensors_of_a_layer_where_they_are(gpu, kind):
+    inputs, w, extra = IN_PLACE[kind]
+    (q, x), close = layer_of(inputs, w, **extras()[extra]), 2e-2 if kind == 'weight only' else 1e-5
+    use_kernels(q, 'cuda')
+    def right(layer):
+        want = layer.integer(x)
+        for rows in (x, x[:5]): assert (layer(rows) - want[:len(rows)]).abs().max() <= close*want.abs().max(), name
+        assert (layer(x.half()).float() - layer.integer(x.half()).float()).abs().max() <= 2**-5*want.abs().max(), name
+    name, seen = 'as made', x.clone()
+    right(q)
+    def places(): return [t.data_ptr() for made in q.ready.values() for t in (*made.tables, *ops._tables(q)) if t is not None]
+    at = places()
+    other, _ = layer_of(inputs, w, **extras()[extra])
+    for name, edit in edits(other): edit()
+    other = SegLinear.restore(q.plan, dict(other.state_dict()))
+    q(seen), other.bias.neg_()
+    name = 'load_state_dict'
+    q.load_state_dict(other.state_dict())
+    right(q)
+    assert places() == at and torch.equal(q(seen), q(seen.clone()))
+    use_kernels(q, 'cuda')
+    assert places() == at
+    for name, edit in edits(q):
+        bias, values = q.bias, q.bias.clone()
+        edit()
+        if name == 'another bias': assert torch.equal(bias, values)  # it is the caller's
+        twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.deepcopy(q)._apply(lambda t: t.clone())
+        for layer in (q, *twins): right(layer)
+        if name != 'other codes': assert places() == at, name
+    with torch.inference_mode():
+        name = 'in inference mode'
+        q.bias.add_(1)
+        right(q)
+    with mock.patch.object(ops, 'is_captured', lambda device: True):
+        q(x)
+        q.bias.add_(1)
+        with pytest.raises(RuntimeError, match='call it once before a CUDA graph of it is captured'): q(x)
+    right(q)
+
+
+@needs_compiler
+def test_tables_made_in_inference_mode_follow_too(gpu):
+    q, x = layer_of(KINDS['static'])
+    with torch.inference_mode(): use_kernels(q, 'cuda'), q(x)
+    q.load_state_dict({k: v*2 if k == 'bias' else v for k, v in q.state_dict().items()})
+    assert q.cuda_bias.is_inference() and (q(x) - q.integer(x)).abs().max() < 1e-5
+
+
+@needs_compiler
+def test_codes_that_were_kept_are_forgotten_with_their_scale(gpu):
+    (a, x), (b, _) = layer_of(KINDS['static']), layer_of(KINDS['static'], n=24)
+    for q in (a, b): use_kernels(q, 'cuda')
+    for _ in range(3): a(x), b(x)  # from now on codes are kept
+    a(x)
+    for q in (a, b): q.input0_scale.mul_(4)
+    assert torch.equal(b(x), b(x.clone())) and (b(x) - b.integer(x)).abs().max() < 1e-5
+
+
+@needs_compiler
+def test_a_compiled_layer_follows_too(gpu):
+    for inputs, extra in ((KINDS['mixed static'], 'both'), ([(128, Quantizer())], '')):
+        q, x = layer_of(inputs, **extras()[extra])
+        use_kernels(q, 'cuda')
+        torch._dynamo.reset()
+        compiled = torch.compile(q, fullgraph=True, backend='aot_eager')
+        compiled(x)
+        with torch.compiler.set_stance('fail_on_recompile'):
+            for name, edit in edits(q):
+                if 'other' in name: continue
+                edit()
+                right = q.integer(x)
+                assert (compiled(x) - right).abs().max() < 1e-5*right.abs().max(), name
+
+
+@pytest.mark.parametrize('gpu', [(9, 0)], indirect=True)
+def test_few_rows_read_the_layout_of_their_product(gpu):
+    "The Hopper path, with weights that only the portable product takes"
+    q, x = layer_of(KINDS['dual'], Quantizer('int4', axis=1, group=32))
+    ops._prepare(q, 'cuda_sm90')
+    q(x[:3]), q(x)
+    four, _ = layer_of([(128, Quantizer(**TOKEN))], W4)
+    ops._prepare(four, 'cuda_sm90')
+    assert ops._tables(four).few is four.codes and ops._tables(four).weight is not four.codes
+
+
+@needs_compiler
+@pytest.mark.parametrize('gpu', [(8, 9)], indirect=True)
+def test_few_rows_with_too_many_spans_go_with_the_many(gpu):
+    "A block has no room for the sums of every group: the layer runs, and nobody promised a stream"
+    q, _ = layer_of([(12288, Quantizer(**TOKEN))], Quantizer('int4', axis=1, group=64), n=16)
+    x = torch.randn(3, 12288)
+    assert 'as a stream' not in str(use_kernels(q, 'cuda'))
+    assert (q(x) - q.integer(x)).abs().max() < 1e-4*q.integer(x).abs().max()

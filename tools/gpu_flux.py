@@ -1,11 +1,12 @@
 """Time one denoising step of a model of FLUX.1-dev's size at 1024², in bfloat16 and quantized, eager and compiled.
 
     python tools/gpu_flux.py --out nbs/results/flux_step.json
+    python tools/gpu_flux.py --measure compiled --out nbs/results/flux_compiled.json
 
 The model is diffusers' own, with the configuration of FLUX.1-dev and random weights that are made on the GPU: 12 billion parameters. All linear
 layers of its blocks are quantized, one after the other, on the GPU; the few around them stay. A step takes 4096 image tokens and 512 text tokens. Times
 are medians of whole calls between CUDA events, one kind after the other and the other way round, since a card that is warm is slower; where they go is what
-the profiler says of one more step. Needs diffusers.
+the profiler says of one more step. "Quick parts" are those of 48_between, for bfloat16 as well; they are checked and timed alone first. Needs diffusers.
 """
 import argparse
 import copy
@@ -24,15 +25,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from segquant_nb.between import beside_gelu, gated_sum, norm_rows, rms_heads, rms_heads_reference, rotate_heads
 from segquant_nb.formats import Quantizer, scale_from_range
-from segquant_nb.ops import use_kernels, use_quick_norms
+from segquant_nb.ops import use_kernels, use_quick_parts
+from segquant_nb.producers import norm_reference
 from segquant_nb.seglinear import Plan, SegLinear
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 FLUX = dict(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096,
             pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))
 TOY = FLUX | dict(num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64)
-KINDS = {'norms': 'layer_norm', 'attention': 'flash|fmha|sdpa|attention', 'quantization': '^codes', 'linear': 'gemm|gemv|cutlass|nvjet|cublas|splitK|s8_|e4m3_|_linear'}
+KINDS = {'norms and rotation': 'layer_norm|rms_heads|rotate_heads', 'attention': 'flash|fmha|sdpa|attention', 'quantization': '^codes', 'linear': 'gemm|gemv|cutlass|nvjet|cublas|splitK|s8_|e4m3_|_linear'}
 
 
 def make(config):
@@ -129,6 +132,45 @@ def alone(models, given, sets=6, replays=9):
         yield row
 
 
+def between(tokens=4608, heads=24, columns=128, sets=6, replays=9):
+    "Are the kernels of 48_between right, and what do they take? Microseconds, by what they are for, beside PyTorch's and a copy"
+    from diffusers.models.embeddings import apply_rotary_emb
+    import torch.nn.functional as F
+    width, kind = heads*columns, dict(device=DEVICE, dtype=torch.bfloat16)
+    angles = torch.rand(tokens, columns, device=DEVICE)*6
+    cosines, sines, weight = angles.cos(), angles.sin(), torch.rand(columns, **kind) + .5
+    scale, shift = torch.randn(2, 1, width, **kind)*.3
+    xs = [torch.randn(1, tokens, heads, columns, **kind) for _ in range(sets)]
+    def rows(x): return x.view(1, tokens, width)
+    def modulated(x): return F.layer_norm(rows(x), (width,), eps=1e-6)*(1 + scale[:, None]) + shift[:, None]
+    wide = [torch.randn(1, tokens, 4*width, **kind) for _ in range(sets)]
+    mates = {id(x): (rows(xs[i - 1]), wide[i]) for i, x in enumerate(xs)}
+    def beside(x): return torch.cat([rows(x), F.gelu(mates[id(x)][1], approximate='tanh')], -1)
+    parts = {'rotation of queries': (lambda x: rotate_heads(x, cosines, sines), lambda x: apply_rotary_emb(x, (cosines, sines), sequence_dim=1), None),
+             'norm of queries': (lambda x: rms_heads(x, weight), lambda x: F.rms_norm(x, (columns,), weight, 1e-6), lambda x: rms_heads_reference(x, weight)),
+             'LayerNorm': (lambda x: norm_rows(rows(x)), lambda x: F.layer_norm(rows(x), (width,), eps=1e-6), lambda x: norm_reference(rows(x)).view_as(rows(x))),
+             'LayerNorm and modulation': (lambda x: norm_rows(rows(x), scale=scale, shift=shift), modulated, lambda x: norm_reference(rows(x), shift, scale).view_as(rows(x))),
+             'residual + gate * y': (lambda x: gated_sum(rows(x), mates[id(x)][0], scale), lambda x: mates[id(x)][0] + scale[:, None]*rows(x), None),
+             'attention beside GELU': (lambda x: beside_gelu(rows(x), mates[id(x)][1]), beside, None)}
+    for name, (here, theirs, reference) in parts.items():
+        y, right = here(xs[0]), (reference or theirs)(xs[0])
+        row = dict(name=name, shape=list(xs[0].shape), equal=torch.equal(y, right) if 'GELU' not in name else None, differs_from_torch=round((y != theirs(xs[0])).float().mean().item(), 6), us={})
+        moved = {'residual + gate * y': 3, 'attention beside GELU': 10}.get(name, 2)*xs[0].nbytes  # bytes, and a copy of as many
+        room = [torch.empty(moved//2, dtype=torch.uint8, device=DEVICE).random_() for _ in range(3)]
+        def copy_of(x): room[2].copy_(room[0]), room.insert(0, room.pop(1))
+        for kind, f in (('here', here), ('torch', theirs), ('copy', copy_of)):
+            def turns():
+                for x in xs: f(x)
+            turns(), turns()
+            if DEVICE.type == 'cpu': continue
+            replay, times = graphed(turns), []
+            for _ in range(replays):
+                time.sleep(.003)
+                times.append(once(replay)[0])
+            row['us'][kind] = round(1000*statistics.median(times)/sets, 2)
+        yield row
+
+
 def geomean(values): return math.exp(statistics.mean(map(math.log, values)))
 
 
@@ -156,7 +198,7 @@ def main():
     parser.add_argument('--out', help='results file')
     parser.add_argument('--recipes', nargs='*', default=['dynamic', 'static'])
     parser.add_argument('--calls', type=int, default=9)
-    parser.add_argument('--compile', action='store_true', help='time it compiled, too: takes minutes')
+    parser.add_argument('--measure', nargs='*', default=['between', 'eager', 'linears', 'waiting', 'graph', 'profile'], help='these are all but compiled, which takes a minute')
     parser.add_argument('--toy', action='store_true', help='a small model, to try this script')
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -170,6 +212,8 @@ def main():
                                python=platform.python_version()), command='python tools/gpu_flux.py ' + shlex.join(sys.argv[1:]),
                   parameters=sum(p.numel() for p in model.parameters()), layers=len(linears(model)), eager={})
     said(f'{result["parameters"]/1e9:.2f} billion parameters, {result["layers"]} linear layers in blocks')
+    if 'between' in args.measure: result['between'] = list(between(**(dict(tokens=64, heads=2, columns=32) if args.toy else {})))
+    for row in result.get('between', []): said(row)
     right, most = model(**given)[0], ranges(model, given)
     models = {'bf16': model}
     for recipe in args.recipes:
@@ -178,11 +222,12 @@ def main():
         said(recipe, f'relative error {far(y, right):.3f}, the same twice: {torch.equal(y, models[recipe](**given)[0])}')
         print(table, flush=True)
         result['eager'][recipe] = dict(error=round(far(y, right), 4))
-    first = models[args.recipes[0]]
-    quick = copy.deepcopy(first, {id(t): t for t in (*first.parameters(), *first.buffers())})
-    said(f'{use_quick_norms(quick)} norms, relative error {far(quick(**given)[0], right):.3f}')
-    models[f'{args.recipes[0]}, quick norms'] = quick
-    result['eager'] |= {'bf16': {}, f'{args.recipes[0]}, quick norms': {}}
+    for name, m in list(models.items()) if args.measure != ['compiled'] else ():
+        quick = models[f'{name}, quick parts'] = copy.deepcopy(m, {id(t): t for t in (*m.parameters(), *m.buffers())})
+        found, y = use_quick_parts(quick), quick(**given)[0]
+        result['eager'][f'{name}, quick parts'] = dict(error=round(far(y, right), 4))
+        said(f'{name}, quick parts: {found}, relative error {far(y, right):.3f}, the same twice: {torch.equal(y, quick(**given)[0])}')
+    result['eager']['bf16'] = {}
 
     def measure(calls, kind):
         times = {name: [] for name in calls}
@@ -200,32 +245,38 @@ def main():
     def keep():
         if args.out: Path(args.out).write_text(json.dumps(result, indent=1) + '\n')
 
-    measure({name: lambda m=m: m(**given) for name, m in models.items()}, 'eager')
+    plain, gpu = {name: m for name, m in models.items() if 'quick' not in name}, DEVICE.type == 'cuda'
+    def calls(models, given=given): return {name: lambda m=m: m(**given) for name, m in models.items()}
+    if 'eager' in args.measure: measure(calls(models), 'eager')
     keep()
-    if DEVICE.type == 'cuda':
-        result['linears'] = list(alone({name: m for name, m in models.items() if 'norms' not in name}, given))
+    if 'linears' in args.measure and gpu:
+        result['linears'] = list(alone(plain, given))
         for row in result['linears']: print(row, flush=True)
         for name in args.recipes:
             ratios = {row['M'] > 16: [] for row in result['linears']}
             for row in result['linears']: ratios[row['M'] > 16].append(row['us']['bf16']/row['us'][name])
             said('whole linear layers,', name, {f'{"many" if many else "few"} rows': round(geomean(r), 2) for many, r in ratios.items()})
         keep()
-        short = inputs(config, 8, 64)  # so little that the GPU waits for the CPU
-        result['waiting'] = {'bf16': {}}
-        measure({name: lambda m=m: m(**short) for name, m in models.items()}, 'waiting')
+    if 'waiting' in args.measure:  # so little to do that the GPU waits for the CPU
+        result['waiting'] = {}
+        measure(calls(models, inputs(config, 8, 64)), 'waiting')
         keep()
+    if 'graph' in args.measure and gpu:
         result['graph'] = {}
-        measure({name: graphed(lambda: m(**given)) for name, m in models.items()}, 'graph')
+        measure({name: graphed(f) for name, f in calls(models).items()}, 'graph')
         keep()
-        for name, m in models.items():
-            result['eager'][name]['parts'], longest = profile(lambda: m(**given))
+    if 'profile' in args.measure and gpu:
+        for name, f in calls(models).items():
+            result['eager'][name]['parts'], longest = profile(f)
             said(name, result['eager'][name]['parts'])
             for n, v in longest: print(f'    {v:7.2f} ms  {n}')
         keep()
-    if args.compile:
-        result['compiled'] = {}
-        for m in models.values(): m.compile_repeated_blocks(fullgraph=True)
-        measure({name: lambda m=m: m(**given) for name, m in models.items()}, 'compiled')
+    if 'compiled' in args.measure:  # quick parts are what they were there
+        result['compiled'], result['compiled, graph'] = {}, {}
+        for m in plain.values(): m.compile_repeated_blocks(fullgraph=True)
+        measure(calls(plain), 'compiled')
+        keep()
+        if gpu: measure({name: graphed(f) for name, f in calls(plain).items()}, 'compiled, graph')
         keep()
 
 

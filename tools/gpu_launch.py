@@ -2,6 +2,7 @@
 
     python tools/gpu_launch.py
 """
+import copy
 import json
 import statistics
 import sys
@@ -44,13 +45,19 @@ def main():
     weight, scale = torch.randint(-127, 128, (256, 256), device=DEVICE, dtype=torch.int8), torch.rand(256, device=DEVICE)
     codes = quantize_cuda(x, columns)
     pieces = {'nn.Linear': lambda: linear(x), 'x + x': lambda: x + x, 'torch.empty(M, N)': lambda: torch.empty(64, 256, dtype=torch.int8, device=DEVICE),
-              'Launcher.run': lambda: start.run((1,), (a, b, 144)), 'cuLaunchKernelEx only': lambda: cuda._driver().cuLaunchKernelEx(*start.given),
+              'Launcher.run': lambda: start.run((1,), (a, b, 144)), 'cuLaunchKernelEx only': lambda: cuda._driver().cuLaunchKernelEx(*start.room.given),
               'CuPy call': lambda: kernel.raw((1,), (256,), (np.uint64(a), np.uint64(b), np.int64(144))), 'quantize_cuda': lambda: quantize_cuda(x, columns),
               'w8a8_sm80': lambda: w8a8_sm80(codes.codes, weight, codes.scale, scale, scale, columns)}
     for name, inputs in (('static', [(256, Quantizer())]), ('per token', [(256, Quantizer(**TOKEN))]), ('mixed', [(96, Quantizer(**TOKEN)), (160, DualScale(**TOKEN))])):
         layer = SegLinear.of(linear, Plan(inputs, [256], Quantizer('int8', axis=1)), x)
         ops.use_kernels(layer)
         pieces[f'SegLinear {name}'] = lambda layer=layer: layer(x)
+    rows, heads = x.view(1, 64, 256), x.view(1, 64, 2, 128)
+    for name, norm, given in (('LayerNorm', nn.LayerNorm(256), rows), ('RMSNorm', nn.RMSNorm(128, eps=1e-6), heads)):
+        norm = norm.to(DEVICE, torch.bfloat16)
+        quick = copy.deepcopy(norm)
+        ops.use_quick_parts(quick)
+        pieces |= {name: lambda norm=norm, given=given: norm(given), f'{name}, quick': lambda quick=quick, given=given: quick(given)}
     print(json.dumps({name: cost(f) for name, f in pieces.items()}, indent=1))
 
 

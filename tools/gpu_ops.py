@@ -1,12 +1,15 @@
 """Check SegLinear on GPU kernels against its exact arithmetic, then time whole linear layers against bfloat16.
 
     python tools/gpu_ops.py --out nbs/results/ops.json
+    python tools/gpu_ops.py --only zoo          # pictures of the zoo's pipelines; needs diffusers
 
 Whole means: activations in, quantized, multiplied, rescaled, bias added, bfloat16 out. Times are medians over replays of a CUDA
 graph of several calls on different inputs, and, for what the CPU adds, of one eager call after the other.
 """
 import argparse
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -29,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu_shapes
 
 from segquant_nb import ops
+from segquant_nb.codes import PackedColumns
 from segquant_nb.dualscale import DualScale
 from segquant_nb.formats import Quantizer
-from segquant_nb.ops import cuda_reason, doctor, use_kernels
+from segquant_nb.gemm import Operands, PortableLinear
+from segquant_nb.ops import cuda_reason, doctor, use_emulation, use_kernels
 from segquant_nb.quartz import Quartz
 from segquant_nb.seglinear import Plan, SegLinear
 
@@ -124,6 +129,19 @@ def check_use():
     still.copy_(x.flip(0))
     graph.replay()
     assert torch.equal(out, y.flip(0)), 'graph'
+    other = {k: v.neg() if k in ('bias', 'weight_scale') else v*2 if k in ('up', 'input0_scale') else v.clone() for k, v in q.state_dict().items()}
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    q.load_state_dict(other)
+    graph.replay()
+    fresh = SegLinear.restore(q.plan, other, q.dtype)
+    use_kernels(fresh)
+    assert torch.equal(out, fresh(x.flip(0))) and torch.equal(q(x), fresh(x)) and not torch.equal(fresh(x), y), 'graph after load_state_dict'
+    with torch.no_grad(): q.bias.mul_(-2)  # an eager call sees it and writes it where the graph reads
+    assert not torch.equal(q(x), fresh(x))
+    graph.replay()
+    assert torch.equal(out, q(x.flip(0))), 'graph after a change in place'
+    q.load_state_dict(before)
+    assert torch.equal(q(x), y), 'states'
     side = torch.cuda.Stream()
     with torch.cuda.stream(side): z = q(x)
     side.synchronize()
@@ -152,10 +170,17 @@ def check_use():
         torch._dynamo.reset()
         compiled, x = torch.compile(q, fullgraph=True, mode='reduce-overhead'), torch.randn(300, K, device=DEVICE, dtype=torch.bfloat16)
         for _ in range(4): torch.testing.assert_close(compiled(x), q(x), atol=.02, rtol=.02)
+        q.load_state_dict(other)
+        torch.testing.assert_close(compiled(x), fresh(x), atol=.02, rtol=.02)  # a graph of the compiler's
+        torch._dynamo.reset()
+        compiled = torch.compile(q, fullgraph=True)
+        compiled(x)
+        q.bias.mul_(-2)
+        torch.testing.assert_close(compiled(x), q.integer(x), atol=.05, rtol=.05)
     print('graph, stream, copy, move, threads, opcheck, compile: right', flush=True)
 
 
-def per_call(functions, replays=11, rest=.005):
+def per_call(functions, replays=11, rest=.003):
     "Median microseconds, in a graph that calls each function once"
     for f in functions: f()
     torch.cuda.synchronize()
@@ -229,6 +254,102 @@ def small():
         yield row
 
 
+def weight_only():
+    "16-bit inputs, more than a few rows: the weight in 16 bits and PyTorch's product, or codes that are unpacked on the way"
+    shapes = ((3072, 3072), (12288, 3072), (3072, 12288))
+    for (N, K), bits in product(shapes, (8, 4)):
+        sets, w = max(2, math.ceil(1.5e8/(N*K))), W8 if bits == 8 else W4
+        plain = [nn.Linear(K, N, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False) for _ in range(sets)]
+        layers = [SegLinear.of(l, Plan([(K, Quantizer('bf16'))], [N], w)) for l in plain]
+        for q in layers: ops._prepare(q, 'cuda_16bit')
+        products = [PortableLinear(Operands(q.codes, q.cuda_scale_w, q.cuda_bias, PackedColumns((K,))), torch.bfloat16) for q in layers]
+        for M in (32, 128, 512, 4608):
+            xs = [torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16) for _ in range(min(sets, 4))]*sets
+            right, y, z = layers[0].integer(xs[0].float()), products[0](xs[0], None), layers[0](xs[0])
+            off = [((t.float() - right).abs().max()/right.abs().max()).item() for t in (y, z)]
+            row = dict(M=M, N=N, K=K, bits=bits, off=[float(f'{o:.1e}') for o in off], us={'bf16': per_call([lambda x=x, l=l: l(x) for x, l in zip(xs, plain)])})
+            row['us']['16 bits anew'] = per_call([lambda x=x, q=q: q(x) for x, q in zip(xs, layers)])
+            row['us']['unpacked on the way'] = per_call([lambda x=x, p=p: p(x, None) for x, p in zip(xs, products)])
+            print(row, flush=True)
+            yield row
+
+
+def crossing():
+    "Up to 16 rows: one launch that reads the weight once, or codes first and a product then"
+    token, dual = Quantizer(**TOKEN), DualScale(**TOKEN)
+    for (N, K), (name, x, w) in product(((18432, 3072), (9216, 3072), (3072, 3072)), (('W8A8', token, W8), ('W4A8', token, W4), ('dual', dual, W8))):
+        sets = max(2, math.ceil(1.5e8/(N*K)))
+        plain = [nn.Linear(K, N, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False) for _ in range(sets)]
+        layers = [SegLinear.of(l, Plan([(K, x)], [N], w)) for l in plain]
+        for q in layers: ops._prepare(q, 'cuda_sm90')
+        for M in (1, 4, 8, 16):
+            xs = [torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
+            row, made = dict(M=M, N=N, K=K, kind=name), [ops._made_ready(q, torch.bfloat16) for q in layers]
+            row['us'] = {'bf16': per_call([lambda x=x, l=l: l(x) for x, l in zip(xs, plain)], 7)}
+            for way in ('few', 'many'): row['us'][way] = per_call([lambda x=x, m=m: getattr(m, way)(x) for x, m in zip(xs, made)], 7)
+            print(row, flush=True)
+            yield row
+
+
+PRESETS = ('segquant-g-w8a8', 'segquant-a-fp8', 'svdquant-w4a8', 'w4a4', 'w4a16')
+
+
+def zoo(names, device=DEVICE, presets=PRESETS, steps=8):
+    "Pictures on kernels against pictures by emulation, and after all that people do with a model"
+    from segquant_nb.graph import denoiser
+    from segquant_nb.metrics import psnr
+    from segquant_nb.quantization import quantize_pipeline
+    from segquant_nb.zoo import generate, load
+    prompts = ['a large red striped circle left of a small blue plain square, gray gradient background',
+               'a small yellow checkered triangle above a large purple plain ring, plain light background']
+    for name, preset in product(names, presets):
+        pipe = load(name).to(device)
+        whole = dict(name=name, preset=preset, wrong=[])
+        def draw(p): return generate(p, prompts, seed=7, num_inference_steps=steps).cpu()
+        def against(what, new, old, least):
+            whole[what] = round(psnr(new, old).min().clamp(max=200).item(), 1)
+            print(f'{name} {preset} {what}: {whole[what]} dB, {time.perf_counter() - start:.0f} s', flush=True)
+            if not whole[what] >= least: whole['wrong'].append(what)
+        start, plain = time.perf_counter(), draw(pipe)
+        with contextlib.redirect_stderr(io.StringIO()):
+            made = quantize_pipeline(pipe, prompts, preset, steps=4, progress=False, height=64, width=64, **(dict(max_sequence_length=24) if 'max_sequence_length' in pipe.__call__.__code__.co_varnames else {}))
+        model = denoiser(made)
+        whole['seconds'] = round(time.perf_counter() - start, 1)
+        calls = {}
+        def noted(layer, args): calls[id(layer), args[0].shape] = layer, args[0]
+        layers = [m for m in model.modules() if isinstance(m, SegLinear)]
+        hooks = [m.register_forward_pre_hook(noted) for m in layers]
+        use_emulation(model)
+        emulated = draw(made)
+        for h in hooks: h.remove()
+        table = use_kernels(model)
+        print(f'\n{name} {preset}\n{table}', flush=True)
+        if any(c.path == 'emulation' for c in table.of): whole['wrong'].append('emulated layers')
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # compile side by side
+            for _ in pool.map(lambda call: (call[0](call[1]), call[0](call[1].bfloat16())), list(calls.values())): pass
+        whole['compiled'] = round(time.perf_counter() - start, 1)
+        kernels = draw(made)
+        against('against emulation', kernels, emulated, 25 if '4' in preset else 30)
+        against('against the pipeline', kernels, plain, 10)
+        against('again', draw(made), kernels, 200)
+        made.to('cpu').to(device)
+        against('moved', draw(made), kernels, 200)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        for layer in layers: layer.codes.zero_(), layer.weight_scale.mul_(3)
+        if psnr(draw(made), kernels).min() > 30: whole['wrong'].append('no other picture from other weights')
+        model.load_state_dict(state)
+        against('loaded', draw(made), kernels, 200)
+        twin = copy.copy(made)
+        twin.register_modules(**{k: copy.deepcopy(v) for k, v in made.components.items() if v is model})
+        against('copied', draw(twin), kernels, 200)
+        half = twin.to(torch.bfloat16)
+        in_16 = draw(half)
+        use_emulation(denoiser(half))
+        against('bfloat16 against emulation', in_16, draw(half), 20)
+        print(whole, flush=True)
+        yield whole
+
+
 def overheads():
     "Microseconds of the CPU per call, on a layer so small that the GPU waits"
     x, l = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16), nn.Linear(256, 256, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
@@ -254,9 +375,11 @@ def main():
     parser.add_argument('--only', nargs='*', default=['check', 'use', 'small', 'speed', 'overhead'])
     parser.add_argument('--seconds', type=float, default=240, help='for the check')
     parser.add_argument('--models', nargs='*', default=['FLUX.1-dev'])
+    parser.add_argument('--zoo', nargs='*', default=['tiny-sd35', 'tiny-flux', 'tiny-sdxl'], help='pipelines to draw with')
+    parser.add_argument('--presets', nargs='*', default=PRESETS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(doctor(), flush=True)
+    print(doctor() if {'check', 'use'} & {*args.only} else ops._gpu(), flush=True)  # the doctor compiles a lot
     import cupy
     result = dict(machine=dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cupy=cupy.__version__, python=platform.python_version()),
                   command='python tools/gpu_ops.py ' + shlex.join(sys.argv[1:]))
@@ -267,6 +390,10 @@ def main():
     with torch.no_grad():
         if 'small' in args.only: result['small'] = list(small())
         keep()
+        for name, rows in (('weight_only', weight_only), ('crossing', crossing)):
+            if name not in args.only: continue
+            result[name] = []
+            for row in rows(): result[name].append(row); keep()
         if 'speed' in args.only:
             result['speed'] = [row for model in args.models for row in speed(model)]
             for model in args.models:
@@ -278,7 +405,11 @@ def main():
     if 'check' in args.only: result['check'] = check(args.seconds)
     keep()
     if 'use' in args.only: check_use()
-    sys.exit(bool(result.get('check', {}).get('wrong')))
+    if 'zoo' in args.only:
+        result['zoo'] = []
+        for row in zoo(args.zoo, presets=args.presets): result['zoo'].append(row); keep()
+    keep()
+    sys.exit(bool(result.get('check', {}).get('wrong') or any(z['wrong'] for z in result.get('zoo', ()))))
 
 
 if __name__ == '__main__': main()
