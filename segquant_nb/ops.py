@@ -774,6 +774,7 @@ class Choices:
     of: tuple[Choice, ...]
 
     def __repr__(self):
+        if not self.of: return 'no SegLinear in this model: quantize it first'
         groups = {}
         for c in self.of: groups.setdefault((c.path, c.why), []).append(c.layer or 'the layer')
         table = [(str(len(names)), path, names[0] + ', …'*(len(names) > 1), why)
@@ -901,6 +902,7 @@ def use_quick_parts(
 ) -> dict[str, int]:  # how many of each class are
     "Let what lies between linear layers read its input once, and feed-forward networks make codes"
     _check_model(model)
+    if not isinstance(use, bool): raise TypeError(f'use={use!r}: expected True or False.')
     found = {}
     for m in model.modules():
         for part, quick in ((m, _quick_module), (getattr(m, 'processor', None), quick_processor)):

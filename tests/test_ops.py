@@ -510,3 +510,8 @@ def test_few_rows_with_too_many_spans_go_with_the_many(gpu):
     x = torch.randn(3, 12288)
     assert 'as a stream' not in str(use_kernels(q, 'cuda'))
     assert (q(x) - q.integer(x)).abs().max() < 1e-4*q.integer(x).abs().max()
+
+
+def test_a_model_without_quantized_layers_is_told():
+    assert repr(use_kernels(nn.Linear(4, 4))) == 'no SegLinear in this model: quantize it first'
+    with pytest.raises(TypeError, match="use='cuda': expected True or False"): ops.use_quick_parts(nn.Linear(4, 4), 'cuda')
